@@ -1,0 +1,137 @@
+"""Moves one blob from a source into the cache: resumed, bounded, checked, and tried again within a budget."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from storage.device.cache import Cache
+from storage.device.errors import ContentError, GaveUp, NoSpace, SourceChanged, SourceError
+from storage.device.source import Source
+from storage.device.staging import Staged, staging
+from storage.manifest import Descriptor
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Attempts for one blob, and the waits between them: full jitter over an exponential, capped.
+
+    Source: AWS Architecture Blog, "Exponential Backoff and Jitter": sleep = random(0, min(cap, base * 2 ** attempt)).
+    A wait that the server asks for (Retry-After) is a lower bound, itself capped at ``longest_s``.
+    """
+
+    attempts: int = 6
+    base_s: float = 0.25
+    cap_s: float = 20.0
+    longest_s: float = 120.0
+
+    def wait_s(self, failures: int, asked_s: float | None) -> float:
+        """Return the wait before the attempt that follows ``failures`` failed ones."""
+        drawn = random.uniform(
+            0.0, min(self.cap_s, self.base_s * 2.0**failures)
+        )  # spreads devices apart; nothing secret
+        return max(drawn, min(asked_s or 0.0, self.longest_s))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """``most``: bandwidth cap in bytes/s. ``least``: fewer bytes/s over ``window_s`` count as a dead connection."""
+
+    most: int | None = None
+    least: int = 512
+    window_s: float = 30.0
+
+    def keep(self, chunks: Iterator[bytes], key: str, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+        """Pass chunks on, no faster than ``most``; raise ``SourceError`` once they come slower than ``least``."""
+        begun = window = clock()
+        moved = in_window = 0
+        for chunk in chunks:
+            yield chunk
+            moved, in_window = moved + len(chunk), in_window + len(chunk)
+            now = clock()
+            if now - window >= self.window_s:
+                if in_window < self.least * (now - window):
+                    raise SourceError(
+                        f"{key}: {in_window} bytes in {now - window:.0f} s, slower than {self.least} bytes/s"
+                    )
+                window, in_window = now, 0
+            if self.most is not None and (ahead := moved / self.most - (now - begun)) > 0:
+                time.sleep(ahead)
+                window += ahead  # time that we slept is not held against the server
+
+
+@dataclass
+class Traffic:
+    """Bytes of one operation: ``received`` from the source, ``resumed`` found staged, ``wasted`` thrown away."""
+
+    received_bytes: int = 0
+    resumed_bytes: int = 0
+    wasted_bytes: int = 0
+    retries: int = 0
+
+
+@dataclass
+class Fetcher:
+    """Fetches blobs, one at a time. ``on_bytes(n)``: n bytes are here; ``on_retry(message, s)``: a wait begins."""
+
+    source: Source
+    cache: Cache
+    retry: Retry = field(default_factory=Retry)
+    pace: Pace = field(default_factory=Pace)
+    on_bytes: Callable[[int], None] = lambda _: None
+    on_retry: Callable[[str, float], None] = lambda _message, _wait: None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def fetch(self, key: str, blob: Descriptor) -> None:
+        """Bring ``blob`` under its final name.
+
+        Raises ``GaveUp`` once the budget is spent, ``SourceError`` at once where trying again cannot help,
+        ``CacheError`` for the disk.
+        """
+        for failures in range(self.retry.attempts):
+            try:
+                self._attempt(key, blob, first=failures == 0)
+                return
+            except (SourceError, ContentError) as error:
+                if isinstance(error, SourceError) and not error.retryable:
+                    raise
+                if failures + 1 == self.retry.attempts:
+                    raise GaveUp(f"gave up after {self.retry.attempts} attempts: {error}") from error
+                asked_s = error.retry_after_s if isinstance(error, SourceError) else None
+                wait_s = self.retry.wait_s(failures, asked_s)
+                self.traffic.retries += 1
+                self.on_retry(str(error), wait_s)
+                time.sleep(wait_s)
+
+    def _attempt(self, key: str, blob: Descriptor, *, first: bool) -> None:
+        try:
+            with staging(self.cache, blob) as staged:
+                if first:
+                    self.traffic.resumed_bytes += staged.have
+                self.on_bytes(staged.have)
+                if staged.have < blob.size_bytes:
+                    self._receive(key, blob, staged)
+                staged.check()
+            self.cache.commit(blob.digest)
+        except (ContentError, SourceChanged, NoSpace):
+            self.traffic.wasted_bytes += self.cache.discard(blob.digest)
+            raise
+
+    def _receive(self, key: str, blob: Descriptor, staged: Staged) -> None:
+        with self.source.open(key, start=staged.have, etag=staged.etag) as body:
+            if body.total_bytes not in {None, blob.size_bytes}:
+                raise ContentError(
+                    f"{key}: the source holds {body.total_bytes} bytes, the manifest says {blob.size_bytes}"
+                )
+            if body.start != staged.have:  # it sends all of it again
+                self.traffic.wasted_bytes += staged.have
+                staged.restart()
+            staged.served_under(body.etag)
+            for chunk in self.pace.keep(body.chunks, key):
+                self.traffic.received_bytes += len(chunk)
+                staged.write(chunk)
+                self.on_bytes(staged.have)
+        if staged.have < blob.size_bytes:
+            raise SourceError(f"{key}: cut after {staged.have} of {blob.size_bytes} bytes")

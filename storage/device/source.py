@@ -1,0 +1,91 @@
+"""Where a device reads from: anything that answers "the bytes of this key, from here on".
+
+A source never writes, never lists, and holds one response at a time. Every store is one (``StoreSource``); plain
+HTTP(S) and presigned URLs are others (``storage.device.http``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.blob_store import BlobStore
+from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
+from storage.errors import AccessDenied, NotFound, PreconditionFailed, StorageError, StoreUnavailable
+
+
+@dataclass(frozen=True)
+class Body:
+    """A response in progress.
+
+    ``start``: where its first byte belongs (0 although a later start was asked: the server sends all again).
+    ``total_bytes``: the length of the whole representation where the server says it. ``etag``: a strong entity tag, or
+    None. ``chunks``: bytes as they come.
+    """
+
+    start: int
+    total_bytes: int | None
+    etag: str | None
+    chunks: Iterator[bytes]
+
+
+class Source(Protocol):
+    """Reads keys. Errors are ``SourceError`` and its kinds, from ``open`` and from the chunks alike."""
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> AbstractContextManager[Body]:
+        """Open ``key`` from ``start`` on, if it is still the representation tagged ``etag``; else from 0."""
+        ...
+
+
+def read(source: Source, key: str, *, max_bytes: int) -> bytes:
+    """Return all bytes of a small document, and never read more than ``max_bytes`` and one chunk of it."""
+    data = bytearray()
+    with source.open(key) as body:
+        if body.total_bytes is not None and body.total_bytes > max_bytes:
+            raise SourceError(
+                f"{key}: {body.total_bytes} bytes announced, at most {max_bytes} accepted", retryable=False
+            )
+        for chunk in body.chunks:
+            data += chunk
+            if len(data) > max_bytes:
+                raise SourceError(f"{key}: more than the {max_bytes} bytes accepted", retryable=False)
+    if body.total_bytes is not None and len(data) != body.total_bytes:
+        raise SourceError(f"{key}: cut after {len(data)} of {body.total_bytes} bytes")
+    return bytes(data)
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """Reads a ``BlobStore``: one HEAD for length and entity tag, then one stream."""
+
+    store: BlobStore
+
+    @contextmanager
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
+        """Open ``key``; a changed entity tag starts it over from 0."""
+        with _store_errors(key):
+            info = self.store.head(key)
+            begin = start if etag is None or etag == info.etag else 0
+            chunks = self.store.stream(key, start=begin, etag=info.etag)
+        yield Body(start=begin, total_bytes=info.size_bytes, etag=info.etag, chunks=_relay(key, chunks))
+
+
+def _relay(key: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with _store_errors(key):
+        yield from chunks
+
+
+@contextmanager
+def _store_errors(key: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFound as error:
+        raise SourceNotFound(str(error)) from error
+    except AccessDenied as error:
+        raise SourceDenied(str(error)) from error
+    except PreconditionFailed as error:
+        raise SourceChanged(str(error)) from error
+    except StorageError as error:
+        raise SourceError(str(error), retryable=isinstance(error, StoreUnavailable)) from error
