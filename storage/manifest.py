@@ -1,25 +1,37 @@
 """The manifest: the one document that names everything a version consists of.
 
-A manifest is canonical JSON (RFC 8259 with sorted keys, no insignificant white space, UTF-8), created once under its version number and
-never rewritten. It carries no time stamp and no measurement that could differ from run to run: the same job gives the same bytes on one machine
-and on a cluster. What was measured (accuracy, seconds) stands in a report of its own beside it.
+A manifest is canonical JSON (RFC 8259 with sorted keys, no insignificant white space, UTF-8), created once under its
+version number and never rewritten. It carries no time stamp and no measurement that could differ from run to run: the
+same job gives the same bytes on one machine and on a cluster. What was measured (accuracy, seconds) stands in a report
+of its own beside it.
 
-Levels. ``bits = [8, 4]`` is one nesting: level 0 (*high*, 4 bits, runs part-bit) and level 1 (*low*, the rest, makes it full-bit).
-``bits = [8, 6, 4]`` has three levels. Every group of layers has one shard for each level.
+Levels. ``bits = [8, 4]`` is one nesting: level 0 (*high*, 4 bits, runs part-bit) and level 1 (*low*, the rest, makes it
+full-bit). ``bits = [8, 6, 4]`` has three levels. Every group of layers has one shard for each level.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+import math
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from storage.errors import InvalidManifest
 
 SCHEMA_VERSION = 1
+
+# What a device may be asked to hold in mind before it has verified anything else.
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_BLOB_BYTES = 1 << 40
+MAX_WEIGHTS = 1 << 40
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?$")]
 Codec = Literal["packed", "zstd"]
+# Names from a state dict: printable, so that they can be shown, and short enough to be looked at.
+LayerName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029]{0,512}$")]
 LayerKind = Literal["conv1d", "conv2d", "conv_transpose2d", "linear"]
 Scheme = Literal["asymmetric", "symmetric"]
 
@@ -37,15 +49,15 @@ class Descriptor(Record):
     """Points at one blob: what it is, its digest, its exact length in bytes (OCI image specification, descriptor)."""
 
     digest: Digest
-    size_bytes: int = Field(ge=0)
-    media_type: str
+    size_bytes: int = Field(ge=0, le=MAX_BLOB_BYTES)
+    media_type: str = Field(max_length=128)
 
 
 class ShardDescriptor(Descriptor):
     """A shard of one level. ``decoded_bytes`` is the sum of its integer payloads once decoded, one byte a weight."""
 
     codec: Codec
-    decoded_bytes: int = Field(ge=0)
+    decoded_bytes: int = Field(ge=0, le=MAX_WEIGHTS)
 
 
 class ShardGroup(Record):
@@ -59,7 +71,7 @@ class Piece(Record):
 
     group: int = Field(ge=0)
     start: int = Field(ge=0)
-    stop: int = Field(gt=0)
+    stop: int = Field(gt=0, le=MAX_WEIGHTS)
 
 
 class ActivationRange(Record):
@@ -75,25 +87,49 @@ class ActivationRange(Record):
 class LayerRecord(Record):
     """One quantized layer. ``shape`` is that of the float weight in the state dict; axis 0 of the stored integers is the output channel.
 
-    A layer's integers at level ``k`` are stored piece by piece under the key ``piece_key(name, start, stop, k)`` of the piece's shard.
+    A layer's integers at level ``k`` are stored piece by piece under the key ``piece_key(name, start, stop, k)`` of the
+    piece's shard.
     """
 
-    name: str
+    name: LayerName
     kind: LayerKind
-    parameter: str
-    shape: tuple[int, ...]
+    parameter: LayerName
+    shape: tuple[Annotated[int, Field(gt=0, le=MAX_WEIGHTS)], ...] = Field(min_length=1, max_length=5)
     groups: int = Field(ge=1, default=1)
-    bits: tuple[int, ...] = Field(min_length=1)
+    bits: tuple[Annotated[int, Field(ge=1, le=8)], ...] = Field(min_length=1, max_length=8)
     scheme: Scheme
     pieces: tuple[Piece, ...] = Field(min_length=1)
     activation: ActivationRange | None = None
+
+    def out_channels(self) -> int:
+        """Return the number of output channels: ``shape[0]``, but ``shape[1] * groups`` for a transposed convolution."""
+        return self.shape[1] * self.groups if self.kind == "conv_transpose2d" else self.shape[0]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "conv_transpose2d" and len(self.shape) < 2:
+            raise ValueError(f"layer {self.name!r}: shape {self.shape} has no output channels")
+        if math.prod(self.shape) > MAX_WEIGHTS:
+            raise ValueError(f"layer {self.name!r}: {math.prod(self.shape)} weights, at most {MAX_WEIGHTS} allowed")
+        if any(wide <= narrow for wide, narrow in pairwise(self.bits)):
+            raise ValueError(f"layer {self.name!r}: bits {self.bits} do not fall from full to high")
+        edges = [0, *(piece.stop for piece in self.pieces)]
+        if [piece.start for piece in self.pieces] != edges[:-1] or any(
+            piece.stop <= piece.start for piece in self.pieces
+        ):
+            raise ValueError(f"layer {self.name!r}: its pieces leave a gap or overlap")
+        if edges[-1] != self.out_channels():
+            raise ValueError(
+                f"layer {self.name!r}: its pieces end at output channel {edges[-1]} of {self.out_channels()}"
+            )
+        return self
 
 
 class FloatRecord(Record):
     """A layer that stays float, and why."""
 
-    name: str
-    reason: str
+    name: LayerName
+    reason: str = Field(max_length=1024)
 
 
 class ModelRecord(Record):
@@ -143,6 +179,41 @@ class Manifest(Record):
     single_writer: bool = False
     job: Digest | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"layer {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        weights = [0] * len(self.groups)
+        for layer in self.layers:
+            channel_weights = math.prod(layer.shape) // layer.out_channels()
+            for piece in layer.pieces:
+                if piece.group >= len(self.groups):
+                    raise ValueError(f"layer {layer.name!r}: shard group {piece.group} of {len(self.groups)}")
+                levels = len(self.groups[piece.group].levels)
+                if levels != len(layer.bits):
+                    raise ValueError(
+                        f"layer {layer.name!r}: {len(layer.bits)} levels, its shard group {piece.group} has {levels}"
+                    )
+                weights[piece.group] += channel_weights * (piece.stop - piece.start)
+        for index, group in enumerate(self.groups):
+            for level, shard in enumerate(group.levels):
+                if shard.decoded_bytes != weights[index]:
+                    raise ValueError(
+                        f"group {index} level {level}: decoded_bytes {shard.decoded_bytes}, its layers have {weights[index]} weights"
+                    )
+        return self
+
+    def descriptors(self) -> tuple[Descriptor, ...]:
+        """Return every blob that this version needs, each digest once: base first, then the groups level by level."""
+        levels = [
+            shard
+            for level in range(self.level_count())
+            for group in self.groups
+            for shard in group.levels[level : level + 1]
+        ]
+        return tuple({blob.digest: blob for blob in (*self.base, *levels)}.values())
+
     def level_count(self) -> int:
         """Return the number of levels; 2 for one nesting."""
         return max((len(group.levels) for group in self.groups), default=1)
@@ -157,3 +228,37 @@ def canonical_json(document: BaseModel | dict[str, Any]) -> bytes:
     """Return the one byte string for a document: keys sorted, no white space, UTF-8, no NaN or infinity."""
     value = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def parse_manifest(raw: bytes, *, name: str, version: int) -> Manifest:
+    """Return the manifest that ``raw`` holds, or raise `InvalidManifest`: nothing of a manifest is used before this has passed.
+
+    It must be canonical JSON of the schema, and carry the name and number it was asked for under.
+    """
+    where = f"manifest of {name} version {version}"
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise InvalidManifest(f"{where}: {len(raw)} bytes, at most {MAX_MANIFEST_BYTES} allowed")
+    try:
+        document = json.loads(raw)
+        canonical = canonical_json(document) if isinstance(document, dict) else b""
+    except (ValueError, RecursionError) as error:
+        raise InvalidManifest(f"{where}: not canonical JSON ({type(error).__name__}: {_first_line(error)})") from error
+    if canonical != raw:
+        raise InvalidManifest(f"{where}: not canonical JSON (sorted keys, no white space, each key once)")
+    try:
+        manifest = Manifest.model_validate(document, strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "document"
+        raise InvalidManifest(
+            f"{where}: field {field}: {first['msg']} ({error.error_count()} errors in all)"
+        ) from error
+    if (manifest.name, manifest.version) != (name, version):
+        raise InvalidManifest(
+            f"{where}: says that it is {manifest.name} version {manifest.version}; it was stored under another number"
+        )
+    return manifest
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

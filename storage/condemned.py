@@ -1,0 +1,35 @@
+"""The blobs that gc means to remove: written by `storage.retention`, heeded by `storage.registry`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from storage.blob_store import BlobStore
+from storage.errors import Corrupt, NotFound
+from storage.layout import CONDEMNED_KEY
+from storage.manifest import Record, canonical_json
+
+_MAX_BYTES = 1 << 30
+
+
+class _Condemned(Record):
+    """Blob key -> time (seconds since 1970, by the store's clock) at which no version named it."""
+
+    blobs: dict[str, float] = Field(default_factory=dict)
+
+
+def read_condemned(store: BlobStore) -> dict[str, float]:
+    """Return the blobs that runs of gc have condemned, and since when."""
+    try:
+        raw = store.get(CONDEMNED_KEY, max_bytes=_MAX_BYTES)
+    except NotFound:
+        return {}
+    try:
+        return _Condemned.model_validate_json(raw).blobs
+    except ValueError as error:
+        raise Corrupt(CONDEMNED_KEY, expected="gc's list of blobs", seen=str(error).splitlines()[0]) from error
+
+
+def write_condemned(store: BlobStore, blobs: dict[str, float]) -> None:
+    """Replace the list."""
+    store.put(CONDEMNED_KEY, canonical_json(_Condemned(blobs=blobs)), mode="overwrite")

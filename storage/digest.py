@@ -1,0 +1,32 @@
+"""SHA-256 of our own over every blob and manifest: what a store or a network says about its bytes is never taken on trust."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from storage.blob_store import Data
+from storage.errors import BadKey, Corrupt
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def digest_bytes(data: Data) -> str:
+    """Return ``sha256:<64 hex>`` of the bytes."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_hex(digest: str) -> str:
+    """Return the 64 hex digits of a digest, or raise `BadKey` where it is none."""
+    if not _DIGEST.fullmatch(digest):
+        raise BadKey(f"digest {digest!r}: expected 'sha256:' and 64 lower-case hex digits")
+    return digest.removeprefix("sha256:")
+
+
+def verify_bytes(key: str, data: Data, *, digest: str, size_bytes: int) -> None:
+    """Raise `Corrupt` unless ``data`` has this length in bytes and this digest."""
+    if len(data) != size_bytes:
+        raise Corrupt(key, expected=f"{size_bytes} bytes", seen=f"{len(data)} bytes")
+    seen = digest_bytes(data)
+    if seen != digest:
+        raise Corrupt(key, expected=digest, seen=seen)

@@ -1,0 +1,77 @@
+"""Where things stand in a store: the keys, and the rules for the names in them."""
+
+from __future__ import annotations
+
+import re
+
+from storage.digest import digest_hex
+from storage.errors import BadKey
+
+MAX_VERSION = 99_999_999
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
+_REPORT = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
+_MANIFEST_FILE = re.compile(r"([0-9]{8})\.json")
+
+CONDEMNED_KEY = "gc/condemned.json"
+CLOCK_KEY = "gc/clock"
+
+
+def blob_key(digest: str) -> str:
+    """Return the key of the blob with this digest."""
+    hexdigits = digest_hex(digest)
+    return f"blobs/sha256/{hexdigits[:2]}/{hexdigits}"
+
+
+def model_prefix(name: str) -> str:
+    """Return the prefix of all that belongs to a model's name."""
+    if not _NAME.fullmatch(name):
+        raise BadKey(
+            f"model name {name!r}: expected 1 to 128 of a-z 0-9 . _ -, beginning and ending with a letter or digit"
+        )
+    return f"models/{name}/"
+
+
+def versions_prefix(name: str) -> str:
+    """Return the prefix of a model's manifests and reports."""
+    return f"{model_prefix(name)}versions/"
+
+
+def tags_prefix(name: str) -> str:
+    """Return the prefix of a model's tags."""
+    return f"{model_prefix(name)}tags/"
+
+
+def manifest_key(name: str, version: int) -> str:
+    """Return the key of a version's manifest; versions count from 1."""
+    if not 1 <= version <= MAX_VERSION:
+        raise BadKey(f"version {version} of {name!r}: expected 1 to {MAX_VERSION}")
+    return f"{versions_prefix(name)}{version:08d}.json"
+
+
+def manifest_version(key: str) -> int | None:
+    """Return the version whose manifest a key names, or None where it names a report or something foreign."""
+    match = _MANIFEST_FILE.fullmatch(key.rpartition("/")[2])
+    return int(match[1]) if match else None
+
+
+def report_key(name: str, version: int, report: str) -> str:
+    """Return the key of a report beside a version's manifest: measurements, never part of the version."""
+    if not _REPORT.fullmatch(report):
+        raise BadKey(
+            f"report name {report!r}: expected 1 to 64 of a-z 0-9 _ -, beginning and ending with a letter or digit"
+        )
+    return f"{manifest_key(name, version).removesuffix('.json')}.{report}.json"
+
+
+def check_tag(tag: str) -> str:
+    """Return the tag, or raise `BadKey`: named like a model, and never all digits, which would read as a version."""
+    if not _NAME.fullmatch(tag) or tag.isdigit():
+        raise BadKey(
+            f"tag {tag!r}: expected 1 to 128 of a-z 0-9 . _ -, beginning and ending with a letter or digit, not digits alone"
+        )
+    return tag
+
+
+def tag_key(name: str, tag: str) -> str:
+    """Return the key of a tag."""
+    return f"{tags_prefix(name)}{check_tag(tag)}.json"

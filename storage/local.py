@@ -1,0 +1,238 @@
+"""A store in a folder: temporary file, fsync, then one atomic link (create) or rename (overwrite).
+
+Needs a POSIX file system with hard links. Concurrent writers, also in other processes, are kept apart by ``link(2)``
+failing on an existing name and, for compare-and-swap, by ``flock(2)`` on one file of the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from typing_extensions import override
+
+from storage.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.errors import (
+    AccessDenied,
+    AlreadyExists,
+    BadKey,
+    NoSpace,
+    NotFound,
+    PreconditionFailed,
+    StorageError,
+    StoreUnavailable,
+    UnsafeStore,
+)
+
+_PIECE_BYTES = 1 << 20
+_TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed
+_LEFTOVER_AGE_S = 24 * 3600.0
+
+
+class LocalStore(BlobStore):
+    """Objects as files under ``root``, which is made on the first write."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.uri = self.root.as_uri()
+        self._temporary = self.root / _TEMPORARY
+        self.sweep(older_than_s=_LEFTOVER_AGE_S)
+
+    def sweep(self, *, older_than_s: float) -> int:
+        """Remove temporary files that a killed writer left, and return their number; younger ones may belong to a writer at work."""
+        removed = 0
+        try:
+            leftovers = tuple(os.scandir(self._temporary))
+        except FileNotFoundError:
+            return 0
+        for leftover in leftovers:
+            try:
+                if leftover.name != "lock" and time.time() - leftover.stat().st_mtime >= older_than_s:
+                    os.unlink(leftover.path)
+                    removed += 1
+            except FileNotFoundError:  # its writer, or another sweeper, was first
+                continue
+        return removed
+
+    @override
+    def head(self, key: str) -> ObjectInfo:
+        with self._errors(key):
+            path = self._path(key)
+            if path.is_dir():
+                raise FileNotFoundError(path)
+            return _info(key, path.stat())
+
+    @override
+    def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        with self._errors(key), self._path(key).open("rb") as file:
+            check_limit(key, os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read()
+
+    @override
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._errors(key), self._path(key).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    @override
+    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+        with self._errors(key), self._path(key).open("rb") as file:
+            seen = _info(key, os.fstat(file.fileno())).etag
+            if etag is not None and seen != etag:
+                raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
+            file.seek(start)
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
+
+    @override
+    def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
+        with self._errors(key), self._written(key, data) as (temporary, path):
+            if mode == "overwrite":
+                with self._lock():
+                    return self._replace(key, temporary, path)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise AlreadyExists(f"{key}: already in {self.uri}", key=key) from None
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                    raise UnsafeStore(
+                        f"{self.root}: this file system makes no hard links ({error.strerror}); choose another folder",
+                        key=key,
+                    ) from error
+                raise
+            _sync_folder(path.parent)
+            return _info(key, temporary.stat())
+
+    @override
+    def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
+        with self._errors(key), self._written(key, data) as (temporary, path), self._lock():
+            seen = _info(key, path.stat()).etag if path.exists() else None
+            if seen != etag:
+                raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
+            return self._replace(key, temporary, path)
+
+    @override
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            path = self._path(key)
+            if not path.exists():
+                return
+            with self._lock():
+                path.unlink(missing_ok=True)
+                _sync_folder(path.parent)
+
+    @override
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        with self._errors(prefix):
+            yield from sorted(self._walk(prefix.rpartition("/")[0], prefix), key=lambda info: info.key)
+
+    @override
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        with self._errors(prefix):
+            try:
+                entries = sorted(os.scandir(self._folder(prefix.rstrip("/"))), key=lambda entry: entry.name)
+            except FileNotFoundError:
+                return
+            for entry in entries:
+                if (
+                    entry.is_dir()
+                    and is_key(entry.name)
+                    and next(self._walk(prefix + entry.name, ""), None) is not None
+                ):
+                    yield entry.name
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _folder(self, folder: str) -> Path:
+        return self.root / check_key(folder) if folder else self.root
+
+    def _walk(self, folder: str, prefix: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = tuple(os.scandir(self._folder(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            key = f"{folder}/{entry.name}" if folder else entry.name
+            if not is_key(entry.name):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(key, prefix)
+            elif key.startswith(prefix):
+                try:
+                    yield _info(key, entry.stat())
+                except FileNotFoundError:  # deleted since the folder was read
+                    continue
+
+    @contextmanager
+    def _written(self, key: str, data: Data) -> Iterator[tuple[Path, Path]]:
+        """Write ``data`` to a temporary file that is gone afterwards, whatever happens, and hand out both paths."""
+        path = self._path(key)
+        if path.is_dir():
+            raise BadKey(f"{key}: is a folder in {self.uri}; a key cannot be both", key=key)
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary / uuid.uuid4().hex
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield temporary, path
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _replace(self, key: str, temporary: Path, path: Path) -> ObjectInfo:
+        info = _info(key, temporary.stat())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+        return info
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        with (self._temporary / "lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        """Turn the operating system's errors into the store's."""
+        try:
+            yield
+        except (FileNotFoundError, IsADirectoryError):
+            raise NotFound(f"{key}: no such object in {self.uri}", key=key) from None
+        except PermissionError as error:
+            raise AccessDenied(
+                f"{key}: {error.strerror} on {error.filename}; check the folder's owner and mode", key=key
+            ) from error
+        except OSError as error:
+            raise _translate(self.root, key, error) from error
+
+
+def _translate(root: Path, key: str, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"{key}: no space left in {root}; nothing was written, free some and try again", key=key)
+    if error.errno == errno.ENOTDIR:
+        return BadKey(f"{key}: part of it is an object in {root}; a key cannot be both object and folder", key=key)
+    return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)
+
+
+def _info(key: str, stat: os.stat_result) -> ObjectInfo:
+    # Every write makes a new file, so inode and time of change name it; the digest would cost a read.
+    return ObjectInfo(key, stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_mtime)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

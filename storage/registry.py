@@ -1,0 +1,335 @@
+"""Names and numbers on top of a store: publish a version, tag it, find it again.
+
+Publishing needs one promise of the store, put-if-absent, and no LIST. Versions of a name are numbered 1, 2, 3, ...
+without a gap: nobody writes number n + 1 before having seen number n, and a deleted version leaves a tombstone under
+its number. So "is there a version n" is monotone in n, and the newest is found by doubling and bisecting, about ``2
+log2 n`` HEAD requests, or two from a good hint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from storage import layout
+from storage.blob_store import BlobStore, Data
+from storage.capabilities import has_create_only
+from storage.condemned import read_condemned
+from storage.digest import digest_bytes, verify_bytes
+from storage.errors import (
+    AlreadyExists,
+    Corrupt,
+    InvalidManifest,
+    NotFound,
+    StoreUnavailable,
+    UnsafeStore,
+    VersionDeleted,
+    WriteConflict,
+)
+from storage.manifest import (
+    MAX_MANIFEST_BYTES,
+    MEDIA_TYPE_SHARD,
+    Descriptor,
+    Digest,
+    Manifest,
+    ModelName,
+    Record,
+    ShardDescriptor,
+    canonical_json,
+    parse_manifest,
+)
+
+if TYPE_CHECKING:
+    from storage.shard import EncodedShard
+
+_MAX_TAG_BYTES = 4096
+_MAX_REPORT_BYTES = 64 << 20
+_COMMIT_ATTEMPTS = 5
+_CHECK_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version in the store. ``created`` is False where the newest version already held this content before anything was written."""
+
+    name: str
+    version: int
+    digest: str
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A version as found: the manifest, its number and digest, and ``raw``, the very bytes that the digest (and a signature) is over."""
+
+    manifest: Manifest
+    version: int
+    digest: str
+    raw: bytes
+
+
+class TagRecord(Record):
+    """What a tag says: a version of a name and the digest of its manifest."""
+
+    name: ModelName
+    version: int
+    digest: Digest
+
+
+class Tombstone(Record):
+    """Stands under the number of a deleted version, so that the number is never given out again. ``digest`` is that of the manifest that was there."""
+
+    tombstone: Literal[True] = True
+    name: ModelName
+    version: int
+    digest: Digest
+
+
+TOMBSTONE_MAX_BYTES = 512
+
+
+class Registry:
+    """The versions in one store. Holds no state but hints, so any number of registries and processes may share a store.
+
+    A registry trusts for its lifetime what it saw about blobs marked for removal; make a new one for each job (shorter
+    than gc's age of grace).
+    """
+
+    def __init__(self, store: BlobStore) -> None:
+        self.store = store
+        self._newest_seen: dict[str, int] = {}
+        self._condemned: dict[str, float] | None = None
+
+    # blobs
+
+    def put_blob(self, data: Data, media_type: str) -> Descriptor:
+        """Store bytes under their digest and describe them. What is there with the right size is not sent again."""
+        descriptor = Descriptor(digest=digest_bytes(data), size_bytes=len(data), media_type=media_type)
+        if not self.has_blob(descriptor):
+            self.store.put(layout.blob_key(descriptor.digest), data, mode="overwrite")
+        return descriptor
+
+    def put_shard(self, shard: EncodedShard) -> ShardDescriptor:
+        """Store a shard as `put_blob` does."""
+        blob = self.put_blob(shard.data, MEDIA_TYPE_SHARD)
+        return ShardDescriptor(**blob.model_dump(), codec=shard.codec, decoded_bytes=shard.decoded_bytes)
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        """Tell whether the blob is there and may be relied upon: with its size (else an upload broke), and not condemned by gc."""
+        key = layout.blob_key(descriptor.digest)
+        try:
+            found = self.store.head(key)
+        except NotFound:
+            return False
+        return found.size_bytes == descriptor.size_bytes and not self._is_condemned(key, found.modified_s)
+
+    def get_blob(self, descriptor: Descriptor) -> bytes:
+        """Return a blob's bytes, verified. Raises `NotFound`, `Corrupt`."""
+        key = layout.blob_key(descriptor.digest)
+        data = self.store.get(key, max_bytes=descriptor.size_bytes)
+        verify_bytes(key, data, digest=descriptor.digest, size_bytes=descriptor.size_bytes)
+        return data
+
+    def _is_condemned(self, key: str, modified_s: float) -> bool:
+        if self._condemned is None:
+            self._condemned = read_condemned(self.store)
+        return modified_s <= self._condemned.get(key, -math.inf)
+
+    # versions
+
+    def publish(self, draft: Manifest, *, single_writer: bool = False) -> Published:
+        """Publish ``draft`` under the next number (its own ``version`` is ignored), or find that the newest version is the same already.
+
+        Blobs are checked first: every one named must be there with its size. Then the manifest is put if absent; a
+        refusal or a lost answer is resolved by reading back. Raises `NotFound` or `Corrupt` for a blob, `UnsafeStore`
+        where the store has no put-if-absent and ``single_writer`` was not said; said on such a store, it is recorded in
+        the manifest.
+        """
+        safe = has_create_only(self.store)
+        if not safe and not single_writer:
+            raise UnsafeStore(
+                f"{self.store.uri}: this store ignores put-if-absent, so two publishers could overwrite each other; "
+                "use another store, or say --single-writer if nobody else publishes to it"
+            )
+        draft = draft.model_copy(update={"single_writer": not safe})
+        self.check_blobs(draft.descriptors())
+        newest = self.newest_version(draft.name)
+        if newest and (same := self._same_content(draft, newest)):
+            return same
+        while True:
+            published = self._commit(draft, newest + 1, create_only=safe)
+            newest += 1
+            self._newest_seen[draft.name] = newest
+            if published is not None:
+                return published
+
+    def check_blobs(self, descriptors: Iterable[Descriptor]) -> None:
+        """Raise `NotFound` or `Corrupt` unless every blob is there with its size; `Registry.get_blob` checks the bytes."""
+
+        def check(descriptor: Descriptor) -> None:
+            key = layout.blob_key(descriptor.digest)
+            seen = self.store.head(key).size_bytes
+            if seen != descriptor.size_bytes:
+                raise Corrupt(key, expected=f"{descriptor.size_bytes} bytes", seen=f"{seen} bytes")
+
+        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            for _ in pool.map(check, descriptors):
+                pass
+
+    def _commit(self, draft: Manifest, version: int, *, create_only: bool) -> Published | None:
+        """Write one number; return None where it is somebody else's."""
+        manifest = draft.model_copy(update={"version": version})
+        raw, key = canonical_json(manifest), layout.manifest_key(draft.name, version)
+        done = Published(draft.name, version, digest_bytes(raw), created=True)
+        for attempt in range(1, _COMMIT_ATTEMPTS + 1):
+            try:
+                if not create_only and self.store.exists(key):
+                    raise AlreadyExists(f"{key}: already in {self.store.uri}", key=key)
+                self.store.put(key, raw, mode="create" if create_only else "overwrite")
+                return done
+            except (AlreadyExists, WriteConflict, StoreUnavailable) as error:
+                # Ours may have landed with its answer lost: only the bytes themselves tell whose number this is.
+                try:
+                    return done if self.store.get(key, max_bytes=MAX_MANIFEST_BYTES) == raw else None
+                except NotFound:
+                    if attempt == _COMMIT_ATTEMPTS:
+                        raise error from None
+        raise AssertionError("unreachable")
+
+    def newest_version(self, name: str) -> int:
+        """Return the highest number given out so far, deleted versions included; 0 where there is none. Needs no LIST."""
+
+        def there(version: int) -> bool:
+            return version <= layout.MAX_VERSION and self.store.exists(layout.manifest_key(name, version))
+
+        low = self._newest_seen.get(name) or self._tagged_version(name, "latest")
+        if low and not there(low):
+            low = 0
+        step = 1
+        while there(low + step):
+            low += step
+            step *= 2
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if there(middle) else (low, middle)
+        self._newest_seen[name] = low
+        return low
+
+    def _tagged_version(self, name: str, tag: str) -> int:
+        try:
+            return self.read_tag(name, tag).version
+        except NotFound:
+            return 0
+
+    def _same_content(self, draft: Manifest, version: int) -> Published | None:
+        raw = self._raw(draft.name, version)
+        if canonical_json(draft.model_copy(update={"version": version})) != raw:
+            return None
+        return Published(draft.name, version, digest_bytes(raw), created=False)
+
+    def resolve(self, name: str, ref: str | int = "latest") -> Resolved:
+        """Return the version that a tag, a number or a manifest's digest names. Raises `NotFound`, `VersionDeleted`, `InvalidManifest`, `Corrupt`."""
+        layout.model_prefix(name)
+        text = str(ref)
+        if text.startswith("sha256:"):
+            return self._resolve_digest(name, text)
+        if text.isdecimal() and text.isascii():
+            return self._read_version(name, int(text))
+        tag = self.read_tag(name, text)
+        resolved = self._read_version(name, tag.version)
+        if resolved.digest != tag.digest:
+            raise Corrupt(
+                layout.manifest_key(name, tag.version), expected=f"{tag.digest} (tag {text!r})", seen=resolved.digest
+            )
+        return resolved
+
+    def _resolve_digest(self, name: str, digest: str) -> Resolved:
+        for version in range(self.newest_version(name), 0, -1):
+            if digest_bytes(self._raw(name, version)) == digest:
+                return self._read_version(name, version)
+        raise NotFound(f"model {name!r}: no version has the digest {digest}; 'nestquant ls' shows what there is")
+
+    def _raw(self, name: str, version: int) -> bytes:
+        return self.store.get(layout.manifest_key(name, version), max_bytes=MAX_MANIFEST_BYTES)
+
+    def _read_version(self, name: str, version: int) -> Resolved:
+        try:
+            raw = self._raw(name, version)
+        except NotFound:
+            raise NotFound(
+                f"model {name!r}: no version {version} in {self.store.uri}; 'nestquant ls' shows what there is"
+            ) from None
+        if read_tombstone(raw) is not None:
+            raise VersionDeleted(
+                f"model {name!r}: version {version} was deleted; choose another", key=layout.manifest_key(name, version)
+            )
+        return Resolved(parse_manifest(raw, name=name, version=version), version, digest_bytes(raw), raw)
+
+    def versions(self, name: str) -> list[int]:
+        """Return the numbers of all versions that were not deleted, ascending, as LIST tells."""
+        found = []
+        for info in self.store.list(layout.versions_prefix(name)):
+            version = layout.manifest_version(info.key)
+            if version is None:
+                continue
+            if info.size_bytes > TOMBSTONE_MAX_BYTES or read_tombstone(self._raw(name, version)) is None:
+                found.append(version)
+        return found
+
+    def models(self) -> list[str]:
+        """Return the names that have anything published, sorted, as LIST tells."""
+        return list(self.store.folders("models/"))
+
+    # tags and reports
+
+    def tag(self, name: str, tag: str, version: int) -> None:
+        """Point ``tag`` at a version that is there. The last writer wins: a tag is a convenience, the numbered manifest is the truth."""
+        digest = self._read_version(name, version).digest
+        record = TagRecord(name=name, version=version, digest=digest)
+        self.store.put(layout.tag_key(name, tag), canonical_json(record), mode="overwrite")
+
+    def read_tag(self, name: str, tag: str) -> TagRecord:
+        """Return what a tag says. Raises `NotFound`, `InvalidManifest`."""
+        key = layout.tag_key(name, tag)
+        try:
+            raw = self.store.get(key, max_bytes=_MAX_TAG_BYTES)
+        except NotFound:
+            raise NotFound(
+                f"model {name!r}: no tag {tag!r} in {self.store.uri}; 'nestquant ls' shows what there is", key=key
+            ) from None
+        try:
+            record = TagRecord.model_validate_json(raw)
+        except ValueError as error:
+            raise InvalidManifest(f"{key}: not a tag: {str(error).splitlines()[0]}", key=key) from error
+        if record.name != name:
+            raise InvalidManifest(f"{key}: is a tag of {record.name!r}, expected {name!r}", key=key)
+        return record
+
+    def tags(self, name: str) -> dict[str, int]:
+        """Return tag -> version, as LIST tells."""
+        names = [
+            info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(layout.tags_prefix(name))
+        ]
+        return {tag: self.read_tag(name, tag).version for tag in names}
+
+    def put_report(self, name: str, version: int, report: str, data: Data) -> None:
+        """Keep measurements beside a version: JSON, never part of it, the last one wins."""
+        self.store.put(layout.report_key(name, version, report), data, mode="overwrite")
+
+    def get_report(self, name: str, version: int, report: str) -> bytes:
+        """Return a report's bytes. Raises `NotFound`."""
+        return self.store.get(layout.report_key(name, version, report), max_bytes=_MAX_REPORT_BYTES)
+
+
+def read_tombstone(raw: bytes) -> Tombstone | None:
+    """Return the tombstone that ``raw`` is, or None where it is something else."""
+    if len(raw) > TOMBSTONE_MAX_BYTES:
+        return None
+    try:
+        return Tombstone.model_validate_json(raw)
+    except ValueError:
+        return None

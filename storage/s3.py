@@ -1,0 +1,320 @@
+"""A store in an S3 bucket, through boto3, for AWS and the servers that speak its language.
+
+Differences between servers are met here once: ETags lose their quotes; a range request answered with the whole object
+is cut to measure; a body that ends early is asked for again from where it stopped, and only of the same object. What a
+server does *not* keep (preconditions) `storage.doctor` finds out. A conditional write is always one PUT, because
+several servers ignore conditions when a multipart upload completes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from typing_extensions import override
+
+from storage.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.errors import AlreadyExists, Corrupt, NotFound, PreconditionFailed, StorageError, StoreUnavailable
+from storage.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
+
+_PIECE_BYTES = 1 << 20
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """How to reach the server. Credentials come from the environment or ``profile``, never from here.
+
+    ``checksum`` is boto3's ``request_checksum_calculation`` and ``response_checksum_validation``: ``when_required``
+    suits stores that do not know the CRC32 trailers that boto3 sends by default since 1.36. SHA-256 of our own covers
+    every blob either way.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    profile: str | None = None
+    retry_mode: Literal["standard", "adaptive", "legacy"] = "standard"
+    max_attempts: int = 8
+    checksum: Literal["when_supported", "when_required"] = "when_required"
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 30.0
+    multipart_bytes: int = 64 << 20
+
+
+class S3Store(BlobStore):
+    """Objects under ``prefix`` of ``bucket``. The client is made on first use, anew in every process, from the credential chain."""
+
+    def __init__(
+        self, bucket: str, prefix: str = "", options: S3Options | None = None, *, uri: str | None = None
+    ) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self.options = options or S3Options()
+        self.uri = uri or f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self._client: S3Client | None = None
+        self._client_pid = -1
+        self._client_lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"bucket": self.bucket, "prefix": self.prefix, "options": self.options, "uri": self.uri}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["bucket"], state["prefix"], state["options"], uri=state["uri"])  # type: ignore[misc]
+
+    @property
+    def client(self) -> S3Client:
+        """The boto3 client of this process (a forked one must not share its parent's sockets)."""
+        with self._client_lock:
+            if self._client is None or self._client_pid != os.getpid():
+                self._client = self._guard("connect", "", self._make_client)
+                self._client_pid = os.getpid()
+            return self._client
+
+    def _make_client(self) -> S3Client:
+        from boto3.session import Session
+        from botocore.config import Config
+
+        options = self.options
+        config = Config(
+            region_name=options.region,
+            retries={"mode": options.retry_mode, "total_max_attempts": options.max_attempts},
+            s3={"addressing_style": options.addressing_style},
+            request_checksum_calculation=options.checksum,
+            response_checksum_validation=options.checksum,
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            max_pool_connections=32,
+        )
+        return Session(profile_name=options.profile).client("s3", endpoint_url=options.endpoint_url, config=config)
+
+    def _guard(self, operation: str, key: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except boto_errors() as error:
+            raise translate(error, operation=operation, key=key, store=self) from error
+
+    @override
+    def head(self, key: str) -> ObjectInfo:
+        name = self._name(key)
+        found = self._guard("HEAD", key, lambda: self.client.head_object(Bucket=self.bucket, Key=name))
+        return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
+
+    @override
+    def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
+        return b"".join(self._read(key, self._name(key), 0, None, None, max_bytes))
+
+    @override
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        if length <= 0:
+            self.head(key)
+            return b""
+        return b"".join(self._read(key, self._name(key), start, length, None, None))
+
+    @override
+    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+        return self._read(key, self._name(key), start, None, etag, None)
+
+    def download(self, path: Path) -> Path:
+        """Write the one object that the URI itself names (``s3://bucket/folder/model.safetensors``) to ``path``, and return it."""
+        name = self.prefix.rstrip("/")
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                for piece in self._read(name, name, 0, None, None, None):
+                    file.write(piece)
+            return partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _read(
+        self, key: str, name: str, start: int, length: int | None, etag: str | None, max_bytes: int | None
+    ) -> Iterator[bytes]:
+        """Yield ``length`` bytes (to the end, where None) from ``start``, asking again from where a body was cut."""
+        offset, failures, end = start, 0, None
+        while end is None or offset < end:
+            opened = self._open(key, name, offset, None if length is None else start + length)
+            if opened is None:  # nothing at or beyond this offset
+                if end is None:
+                    return
+                raise PreconditionFailed(f"{key}: shorter than before; it was replaced while being read", key=key)
+            body, seen_etag, skip, size = opened
+            if etag is not None and seen_etag != etag:
+                body.close()
+                raise PreconditionFailed(f"{key}: ETag is {seen_etag}, expected {etag}; it was replaced", key=key)
+            etag = seen_etag
+            check_limit(key, size, max_bytes)
+            end = size if length is None else min(size, start + length)
+            try:
+                for piece in _pieces(body, skip, end - offset):
+                    offset += len(piece)
+                    failures = 0
+                    yield piece
+                cut: Exception | None = None
+            except cut_body_errors() as error:
+                cut = error
+            finally:
+                body.close()
+            if offset < end:
+                failures += 1
+                if failures >= self.options.max_attempts:
+                    raise StoreUnavailable(
+                        f"{key}: the body ended at byte {offset} of {end}, {failures} times over; check the network to {self.uri}",
+                        key=key,
+                    ) from cut
+
+    def _open(self, key: str, name: str, offset: int, stop: int | None) -> tuple[Any, str, int, int] | None:
+        """Ask for the bytes from ``offset``; return body, ETag, how many of its bytes to skip, and the size of the whole object."""
+        ranged = offset > 0 or stop is not None
+        wanted = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
+        try:
+            answer: GetObjectOutputTypeDef = self._guard(
+                "GET",
+                key,
+                lambda: self.client.get_object(Bucket=self.bucket, Key=name, **wanted),  # type: ignore[arg-type]
+            )
+        except RangeBeyondEnd:
+            return None
+        etag = _bare(answer["ETag"])
+        if "ContentRange" not in answer:  # the server ignored the range and sends everything
+            return answer["Body"], etag, offset, answer["ContentLength"]
+        match = _CONTENT_RANGE.fullmatch(answer["ContentRange"])
+        if match is None or int(match[1]) != offset or match[3] == "*":
+            answer["Body"].close()
+            raise Corrupt(
+                key, expected=f"Content-Range from byte {offset}", seen=f"Content-Range {answer['ContentRange']!r}"
+            )
+        return answer["Body"], etag, 0, int(match[3])
+
+    @override
+    def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
+        if mode == "create":
+            try:
+                return self._put_whole(key, data, {"IfNoneMatch": "*"})
+            except PreconditionFailed as error:
+                raise AlreadyExists(f"{key}: already in {self.uri}", key=key) from error
+        if len(data) >= self.options.multipart_bytes:
+            return self._put_parts(key, data)
+        return self._put_whole(key, data, {})
+
+    @override
+    def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
+        try:
+            return self._put_whole(key, data, {"IfMatch": f'"{etag}"'})
+        except NotFound as error:  # AWS answers 404 to If-Match on a missing key
+            raise PreconditionFailed(f"{key}: no such object, expected ETag {etag}", key=key) from error
+
+    def _put_whole(self, key: str, data: Data, condition: dict[str, str]) -> ObjectInfo:
+        name = self._name(key)
+        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        answer = self._guard(
+            "PUT",
+            key,
+            lambda: self.client.put_object(Bucket=self.bucket, Key=name, Body=bytes(data), ContentMD5=md5, **condition),  # type: ignore[arg-type]
+        )
+        return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
+
+    def _put_parts(self, key: str, data: Data) -> ObjectInfo:
+        name, part_bytes = self._name(key), max(8 << 20, -(-len(data) // 10_000))
+        client, view = self.client, memoryview(data)
+        upload = self._guard("PUT", key, lambda: client.create_multipart_upload(Bucket=self.bucket, Key=name))[
+            "UploadId"
+        ]
+
+        def send() -> ObjectInfo:
+            parts: list[CompletedPartTypeDef] = []
+            for number, offset in enumerate(range(0, len(view), part_bytes), start=1):
+                part = bytes(view[offset : offset + part_bytes])
+                md5 = base64.b64encode(hashlib.md5(part, usedforsecurity=False).digest()).decode()
+                sent = client.upload_part(
+                    Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=part, ContentMD5=md5
+                )
+                parts.append({"ETag": sent["ETag"], "PartNumber": number})
+            done = client.complete_multipart_upload(
+                Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+            return ObjectInfo(key, len(data), _bare(done["ETag"]), _answered_s(done["ResponseMetadata"]))
+
+        try:
+            return self._guard("PUT", key, send)
+        except BaseException as error:  # also on a signal: parts of an unfinished upload are billed and never listed
+            try:
+                self._guard(
+                    "ABORT", key, lambda: client.abort_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload)
+                )
+            except StorageError as second:
+                error.add_note(f"and the upload could not be aborted: {second}")
+            raise
+
+    @override
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        self._guard("DELETE", key, lambda: self.client.delete_object(Bucket=self.bucket, Key=name))
+
+    @override
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        for page in self._pages(pages, prefix):
+            for found in page.get("Contents", ()):
+                key = found["Key"][len(self.prefix) :]
+                if is_key(key):
+                    yield ObjectInfo(key, found["Size"], _bare(found["ETag"]), found["LastModified"].timestamp())
+
+    @override
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        start = self.prefix + prefix
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, Delimiter="/")
+        for page in self._pages(pages, prefix):
+            for found in page.get("CommonPrefixes", ()):
+                name = found["Prefix"][len(start) :].rstrip("/")
+                if is_key(name):
+                    yield name
+
+    def _pages(self, pages: Any, prefix: str) -> Iterator[Any]:
+        iterator = iter(pages)
+        while (page := self._guard("LIST", prefix, lambda: next(iterator, None))) is not None:
+            yield page
+
+    def presign(self, key: str, *, expires_s: int) -> str:
+        """Return a URL that reads one object for ``expires_s`` seconds without credentials."""
+        name = self._name(key)
+        parameters = {"Bucket": self.bucket, "Key": name}
+        return self._guard(
+            "PRESIGN",
+            key,
+            lambda: self.client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires_s),
+        )
+
+    def _name(self, key: str) -> str:
+        return self.prefix + check_key(key)
+
+
+def _pieces(body: Any, skip: int, wanted: int) -> Iterator[bytes]:
+    """Yield ``wanted`` bytes of an HTTP body after dropping ``skip``; fewer where it ends early."""
+    while wanted > 0 and (piece := body.read(min(_PIECE_BYTES, skip + wanted))):
+        kept = piece[skip:][:wanted]
+        skip = max(0, skip - len(piece))
+        wanted -= len(kept)
+        if kept:
+            yield kept
+
+
+def _bare(etag: str) -> str:
+    return etag.strip('"')
+
+
+def _answered_s(metadata: Any) -> float:
+    return parsedate_to_datetime(metadata["HTTPHeaders"]["date"]).timestamp()
