@@ -165,7 +165,7 @@ class LocalStore(BlobStore):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from self._walk(key, prefix)
-            elif key.startswith(prefix):
+            elif key.startswith(prefix) and entry.is_file(follow_symlinks=False):
                 try:
                     yield _info(key, entry.stat())
                 except FileNotFoundError:  # deleted since the folder was read
@@ -220,7 +220,7 @@ class LocalStore(BlobStore):
 def _translate(root: Path, key: str, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"{key}: no space left in {root}; nothing was written, free some and try again", key=key)
-    if error.errno == errno.ENOTDIR:
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):  # the latter from mkdir; that of link is met where it is called
         return BadKey(f"{key}: part of it is an object in {root}; a key cannot be both object and folder", key=key)
     return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)
 

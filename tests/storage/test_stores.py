@@ -1,0 +1,173 @@
+"""Each store against the contract; for each server, what it does not keep is asserted as such."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from storage.blob_store import BlobStore
+from storage.capabilities import race_create, race_swap
+from storage.errors import AccessDenied, BadKey, NoSpace, PreconditionFailed, StoreUnavailable, UnsafeStore
+from storage.local import LocalStore
+from storage.memory import MemoryStore
+from storage.s3 import S3Store
+from storage.uri import open_store
+from tests.servers.s3_server import S3Server
+from tests.storage.contract import BIG, ReadWriteContract, StoreContract, SwapContract
+
+
+class TestMemory(SwapContract):
+    @pytest.fixture
+    def store(self, request: pytest.FixtureRequest) -> BlobStore:
+        return MemoryStore.named(request.node.nodeid)
+
+
+class TestLocal(SwapContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> BlobStore:
+        return LocalStore(tmp_path / "store")
+
+    def test_nothing_is_left_but_the_object(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path)
+        store.put("a/b", b"x", mode="create")
+        with pytest.raises(Exception, match="already in"):
+            store.put("a/b", b"y", mode="create")
+        assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["b"]
+
+    @pytest.mark.parametrize("mode", ["create", "overwrite"])
+    def test_full_disk_leaves_nothing(self, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = LocalStore(tmp_path)
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(NoSpace, match="a/b: no space left in .* nothing was written"):
+            store.put("a/b", b"x", mode=mode)  # type: ignore[arg-type]
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_leftovers_of_a_killed_writer(self, tmp_path: Path) -> None:
+        code = (
+            "import os, signal; from storage.local import LocalStore;"
+            f"store = LocalStore({str(tmp_path)!r});"
+            "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL);"
+            "store.put('a/b', b'half', mode='create')"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+        store = LocalStore(tmp_path)
+        (leftover,) = (tmp_path / ".tmp").iterdir()
+        assert list(store.list()) == []
+        old_s = time.time() - 2 * 24 * 3600
+        os.utime(leftover, (old_s, old_s))
+        LocalStore(tmp_path)
+        assert not leftover.exists()
+
+    def test_a_young_leftover_may_be_a_writers(self, tmp_path: Path) -> None:
+        (tmp_path / ".tmp").mkdir()
+        (tmp_path / ".tmp" / "young").touch()
+        LocalStore(tmp_path)
+        assert (tmp_path / ".tmp" / "young").exists()
+
+    def test_a_key_is_not_both_object_and_folder(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path)
+        store.put("a", b"x", mode="create")
+        with pytest.raises(BadKey, match="both"):
+            store.put("a/b", b"x", mode="create")
+        store.put("c/d", b"x", mode="create")
+        with pytest.raises(BadKey, match="c: is a folder"):
+            store.put("c", b"x", mode="overwrite")
+
+    def test_a_file_system_without_hard_links_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_links(source: object, target: object) -> None:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", no_links)
+        with pytest.raises(UnsafeStore, match="makes no hard links"):
+            LocalStore(tmp_path).put("a", b"x", mode="create")
+
+    def test_foreign_files_are_not_listed(self, tmp_path: Path) -> None:
+        store = LocalStore(tmp_path)
+        store.put("models/a", b"x", mode="create")
+        (tmp_path / "models" / "README.md").write_text("foreign")
+        (tmp_path / "models" / "loop").symlink_to(tmp_path)
+        assert [info.key for info in store.list()] == ["models/a"]
+
+
+class TestMoto(SwapContract):
+    @pytest.fixture
+    def store(self, moto_s3: S3Server) -> BlobStore:
+        return open_store(moto_s3.uri())
+
+    def test_multipart(self, moto_s3: S3Server) -> None:
+        _check_multipart(open_store(moto_s3.uri(multipart_bytes=1 << 20)))
+
+
+class TestCeph(StoreContract):
+    @pytest.fixture
+    def store(self, ceph_s3: S3Server) -> BlobStore:
+        return open_store(ceph_s3.uri())
+
+    def test_multipart(self, ceph_s3: S3Server) -> None:
+        _check_multipart(open_store(ceph_s3.uri(multipart_bytes=1 << 20)))
+
+    def test_known_failure_swap_is_refused_even_where_it_matches(self, store: BlobStore) -> None:
+        etag = store.put("k", b"one", mode="overwrite").etag
+        with pytest.raises(PreconditionFailed):
+            store.put_if_match("k", b"two", etag=etag)
+        race = race_swap(store)
+        assert (race.holds, race.detail) == (False, "every writer was refused, the one entitled included")
+
+    def test_wrong_secret(self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(AccessDenied, match="SignatureDoesNotMatch: the signature does not match; check AWS_SECRET_ACCESS_KEY"):
+            open_store(ceph_s3.uri()).get("k")
+
+    def test_unknown_key(self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        with pytest.raises(AccessDenied, match="InvalidAccessKeyId: the server does not know this access key"):
+            open_store(ceph_s3.uri()).get("k")
+
+
+class TestRclone(ReadWriteContract):
+    @pytest.fixture
+    def store(self, rclone_s3: S3Server) -> BlobStore:
+        return open_store(rclone_s3.uri())
+
+    def test_known_failure_every_creator_wins(self, store: BlobStore) -> None:
+        store.put("k", b"mine", mode="create")
+        store.put("k", b"theirs", mode="create")
+        assert store.get("k") == b"theirs"
+        assert (race_create(store).holds, race_create(store).detail) == (False, "8 of 8 writers won")
+
+    def test_known_failure_every_swap_wins(self, store: BlobStore) -> None:
+        assert (race_swap(store).holds, race_swap(store).detail) == (False, "8 of 8 writers won")
+
+
+def _check_multipart(store: BlobStore) -> None:
+    assert isinstance(store, S3Store)
+    data = BIG * 8  # 20 MiB in parts of 8 MiB
+    written = store.put("big", data, mode="overwrite")
+    assert written.etag.endswith("-3")
+    assert store.head("big").etag == written.etag
+    assert store.get("big") == data
+
+
+def test_multipart_is_aborted_on_failure(moto_s3: S3Server) -> None:
+    store = open_store(moto_s3.uri(multipart_bytes=1 << 20))
+    assert isinstance(store, S3Store)
+
+    def fail(params: object, **_: object) -> None:
+        raise ConnectionError("cable cut")
+
+    store.client.meta.events.register("before-call.s3.CompleteMultipartUpload", fail)
+    with pytest.raises(StoreUnavailable, match="PUT big in s3://.*: cable cut"):
+        store.put("big", BIG, mode="overwrite")
+    assert not store.exists("big")
+    uploads = store.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    assert uploads.get("Uploads", []) == []
