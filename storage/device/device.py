@@ -13,87 +13,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from storage.device.cache import Cache, Installed, State, blobs_of, disk_errors
 from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled, Untrusted
-from storage.device.fetch import Fetcher, Pace, Retry, Traffic
+from storage.device.fetch import Fetcher, Pace, Traffic
+from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
-from storage.device.source import Source
+from storage.device.retry import Retry
+from storage.device.source import Documents, Source
 from storage.layout import blob_key
 from storage.manifest import Descriptor, Manifest
 
 _BLOCK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Event:
-    """What happens, for progress bars and for those who start on a shard before the next one is there.
-
-    ``blob``: blob ``index`` (from 0) of ``count`` is whole at ``path``; ``bytes``: ``done_bytes`` of ``total_bytes``
-    are here; ``retry`` and ``warning``: ``message`` says why.
-    """
-
-    kind: Literal["bytes", "blob", "retry", "warning"]
-    name: str
-    done_bytes: int
-    total_bytes: int
-    index: int
-    count: int
-    path: Path | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What an operation did, and what it cost.
-
-    ``received_bytes`` came from the source, ``wasted_bytes`` of them or of what was staged were thrown away,
-    ``resumed_bytes`` were found staged, ``saved_bytes`` were whole in the cache before, ``freed_bytes`` were deleted.
-    """
-
-    name: str
-    version: int
-    digest: str
-    level: int
-    signed: bool
-    blobs_moved: int = 0
-    blobs_kept: int = 0
-    received_bytes: int = 0
-    resumed_bytes: int = 0
-    wasted_bytes: int = 0
-    saved_bytes: int = 0
-    freed_bytes: int = 0
-    retries: int = 0
-
-
-@dataclass(frozen=True)
-class Verified:
-    """Outcome of ``verify``. ``damaged`` holds a line for each blob that is missing or not what its digest says."""
-
-    name: str
-    version: int
-    level: int
-    blobs: int
-    size_bytes: int
-    damaged: tuple[str, ...]
-
-    @property
-    def whole(self) -> bool:
-        """Tell whether every blob is right."""
-        return not self.damaged
-
-
-@dataclass(frozen=True)
-class Status:
-    """A model in the cache. ``phase``: ``absent``, ``partial`` (under way), ``failed`` (given up), ``ready``."""
-
-    name: str
-    phase: Literal["absent", "partial", "failed", "ready"]
-    state: State
-    levels: tuple[int, ...]
-    level_count: int
-    size_bytes: int
 
 
 @dataclass
@@ -108,7 +39,7 @@ class Device:
     root: Path
     source: Source | None = None
     unsigned: bool = False
-    resolver: Callable[[Source, str, str], Release] | None = None
+    resolver: Callable[[Documents, str, str], Release] | None = None
     retry: Retry = field(default_factory=Retry)
     pace: Pace = field(default_factory=Pace)
     on_event: Callable[[Event], None] = lambda _: None
@@ -119,14 +50,14 @@ class Device:
 
     def resolve(self, name: str, ref: str = "latest") -> Release:
         """Find a version by tag or number and check its manifest; nothing is written but trusted metadata."""
-        source = self._need_source()
+        documents = Documents(self._need_source(), self.retry, lambda why, s: self._retrying(name, why, s))
         if self.resolver is not None:
-            return self.resolver(source, name, ref)
+            return self.resolver(documents, name, ref)
         if not self.unsigned:
             raise Untrusted(
                 f"{name}: no root of trust; give one (--trust root.json), or take the store's word (--allow-unsigned)"
             )
-        return resolve_unsigned(source, name, ref)
+        return resolve_unsigned(documents, name, ref)
 
     def pull(self, name: str, ref: str = "latest", *, level: int | None = None) -> Moved:
         """Bring a version: base, then high shards, in execution order.
@@ -218,16 +149,10 @@ class Device:
         """Say what the cache holds of a model; reads the disk alone."""
         state = self._cache.state(name)
         if state.current is None:
-            phase: Literal["absent", "partial", "failed"] = (
-                "failed" if state.failed else "partial" if state.pending else "absent"
-            )
-            return Status(name, phase, state, (), 0, 0)
+            return Status(name, _phase(state), state, (), 0, 0)
         manifest = self._cache.manifest(name, state.current.digest)
         size_bytes = sum(blob.size_bytes for blob in blobs_of(manifest, state.current.level))
-        now: Literal["failed", "partial", "ready"] = (
-            "failed" if state.failed else "partial" if state.pending else "ready"
-        )
-        return Status(name, now, state, self.levels(name), manifest.level_count(), size_bytes)
+        return Status(name, _phase(state), state, self.levels(name), manifest.level_count(), size_bytes)
 
     def names(self) -> list[str]:
         """Return the models in the cache, sorted."""
@@ -288,8 +213,8 @@ class Device:
         def on_bytes(here: int) -> None:
             self._emit("bytes", name, (done + here, total), (index, len(blobs)))
 
-        def on_retry(message: str, wait_s: float) -> None:
-            self._emit("retry", name, (done, total), (index, len(blobs)), message=f"{message}; again in {wait_s:.1f} s")
+        def on_retry(why: str, wait_s: float) -> None:
+            self._retrying(name, why, wait_s, (done, total), (index, len(blobs)))
 
         fetcher = Fetcher(source, self._cache, self.retry, self.pace, on_bytes, on_retry)
         for index, blob in enumerate(blobs):
@@ -299,6 +224,11 @@ class Device:
             path = self._cache.blob_path(blob.digest)
             self._emit("blob", name, (done, total), (index, len(blobs)), path=path)
         return fetcher.traffic
+
+    def _retrying(
+        self, name: str, why: str, wait_s: float, done: tuple[int, int] = (0, 0), at: tuple[int, int] = (0, 0)
+    ) -> None:
+        self._emit("retry", name, done, at, message=f"{why}; again in {wait_s:.1f} s")
 
     def _check_space(self, missing: list[Descriptor]) -> None:
         staged = sum(path.stat().st_size for blob in missing if (path := self._cache.part_path(blob.digest)).exists())
@@ -331,7 +261,7 @@ class Device:
 
     def _emit(
         self,
-        kind: Literal["bytes", "blob", "retry", "warning"],
+        kind: EventKind,
         name: str,
         done: tuple[int, int],
         at: tuple[int, int],
@@ -351,6 +281,12 @@ class Device:
         if self.source is None:
             raise DeviceError("no source was given: this needs one (a store, or an https:// address)")
         return self.source
+
+
+def _phase(state: State) -> Phase:
+    if state.pending is not None:
+        return "failed" if state.failed else "partial"
+    return "ready" if state.current else "absent"
 
 
 def _sum(blobs: list[Descriptor]) -> int:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from storage.device.cache import Cache
-from storage.device.errors import ContentError, GaveUp, NoSpace, SourceChanged, SourceError
+from storage.device.errors import ContentError, NoSpace, SourceChanged, SourceError
+from storage.device.retry import OnRetry, Retry
 from storage.device.source import Source
 from storage.device.staging import Staged, staging
 from storage.manifest import Descriptor
-
-
-@dataclass(frozen=True)
-class Retry:
-    """Attempts for one blob, and the waits between them: full jitter over an exponential, capped.
-
-    Source: AWS Architecture Blog, "Exponential Backoff and Jitter": sleep = random(0, min(cap, base * 2 ** attempt)).
-    A wait that the server asks for (Retry-After) is a lower bound, itself capped at ``longest_s``.
-    """
-
-    attempts: int = 6
-    base_s: float = 0.25
-    cap_s: float = 20.0
-    longest_s: float = 120.0
-
-    def wait_s(self, failures: int, asked_s: float | None) -> float:
-        """Return the wait before the attempt that follows ``failures`` failed ones."""
-        drawn = random.uniform(
-            0.0, min(self.cap_s, self.base_s * 2.0**failures)
-        )  # spreads devices apart; nothing secret
-        return max(drawn, min(asked_s or 0.0, self.longest_s))
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class Fetcher:
     retry: Retry = field(default_factory=Retry)
     pace: Pace = field(default_factory=Pace)
     on_bytes: Callable[[int], None] = lambda _: None
-    on_retry: Callable[[str, float], None] = lambda _message, _wait: None
+    on_retry: OnRetry = lambda _message, _wait: None
     traffic: Traffic = field(default_factory=Traffic)
 
     def fetch(self, key: str, blob: Descriptor) -> None:
@@ -90,26 +69,18 @@ class Fetcher:
         Raises ``GaveUp`` once the budget is spent, ``SourceError`` at once where trying again cannot help,
         ``CacheError`` for the disk.
         """
-        for failures in range(self.retry.attempts):
-            try:
-                self._attempt(key, blob, first=failures == 0)
-                return
-            except (SourceError, ContentError) as error:
-                if isinstance(error, SourceError) and not error.retryable:
-                    raise
-                if failures + 1 == self.retry.attempts:
-                    raise GaveUp(f"gave up after {self.retry.attempts} attempts: {error}") from error
-                asked_s = error.retry_after_s if isinstance(error, SourceError) else None
-                wait_s = self.retry.wait_s(failures, asked_s)
-                self.traffic.retries += 1
-                self.on_retry(str(error), wait_s)
-                time.sleep(wait_s)
+        with staging(self.cache, blob) as staged:
+            self.traffic.resumed_bytes += staged.have
 
-    def _attempt(self, key: str, blob: Descriptor, *, first: bool) -> None:
+        def on_retry(message: str, wait_s: float) -> None:
+            self.traffic.retries += 1
+            self.on_retry(message, wait_s)
+
+        self.retry.run(lambda: self._attempt(key, blob), on_retry)
+
+    def _attempt(self, key: str, blob: Descriptor) -> None:
         try:
             with staging(self.cache, blob) as staged:
-                if first:
-                    self.traffic.resumed_bytes += staged.have
                 self.on_bytes(staged.have)
                 if staged.have < blob.size_bytes:
                     self._receive(key, blob, staged)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from storage.device.cache import disk_errors
 from storage.device.http import HttpClient, HttpSource, PresignedSource, UrlIndex
-from storage.device.source import Source, StoreSource, read
+from storage.device.source import Documents, Source, StoreSource
 from storage.uri import open_store
 
 _MAX_INDEX_BYTES = 64 << 20
@@ -37,6 +37,6 @@ def open_source(uri: str | Path, *, client: HttpClient | None = None) -> Source:
 def _read_index(place: str, client: HttpClient) -> bytes:
     if place.startswith(("https://", "http://")):
         one = PresignedSource(lambda _key, _fresh: place, client)
-        return read(one, "index of presigned URLs", max_bytes=_MAX_INDEX_BYTES)
+        return Documents(one).read("index of presigned URLs", max_bytes=_MAX_INDEX_BYTES)
     with disk_errors(place):
         return Path(place).read_bytes()

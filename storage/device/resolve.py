@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from storage.device.errors import SourceNotFound
-from storage.device.source import Source, read
+from storage.device.source import Documents
 from storage.digest import digest_bytes
 from storage.errors import Corrupt, InvalidManifest, VersionDeleted
 from storage.layout import manifest_key, tag_key
@@ -25,13 +25,13 @@ class Release:
     signed: bool
 
 
-def resolve_unsigned(source: Source, name: str, ref: str) -> Release:
+def resolve_unsigned(documents: Documents, name: str, ref: str) -> Release:
     """Resolve a tag or version number by the store's word alone: digests guard against damage, not against a liar."""
     version = parse_version(ref)
     if version is not None:
-        return parse_release(read_manifest(source, name, version), name, version, signed=False)
-    tag = _read_tag(source, name, ref)
-    release = parse_release(read_manifest(source, name, tag.version), name, tag.version, signed=False)
+        return parse_release(read_manifest(documents, name, version), name, version, signed=False)
+    tag = _read_tag(documents, name, ref)
+    release = parse_release(read_manifest(documents, name, tag.version), name, tag.version, signed=False)
     if release.digest != tag.digest:
         key = manifest_key(name, tag.version)
         raise Corrupt(key, expected=f"{tag.digest} (tag {ref!r})", seen=release.digest)
@@ -43,10 +43,10 @@ def parse_version(ref: str) -> int | None:
     return int(ref[:20]) if ref.isascii() and ref.isdigit() else None
 
 
-def read_manifest(source: Source, name: str, version: int, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
+def read_manifest(documents: Documents, name: str, version: int, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
     """Read the bytes under a version's number, and no more than ``max_bytes`` of them."""
     try:
-        return read(source, manifest_key(name, version), max_bytes=max_bytes)
+        return documents.read(manifest_key(name, version), max_bytes=max_bytes)
     except SourceNotFound as error:
         raise SourceNotFound(f"{name} has no version {version} here; 'nestquant ls' shows what there is") from error
 
@@ -64,10 +64,10 @@ def parse_release(raw: bytes, name: str, version: int, *, signed: bool) -> Relea
     return Release(manifest, digest_bytes(raw), raw, signed)
 
 
-def _read_tag(source: Source, name: str, tag: str) -> TagRecord:
+def _read_tag(documents: Documents, name: str, tag: str) -> TagRecord:
     key = tag_key(name, tag)
     try:
-        raw = read(source, key, max_bytes=_MAX_TAG_BYTES)
+        raw = documents.read(key, max_bytes=_MAX_TAG_BYTES)
         record = TagRecord.model_validate_json(raw)
     except SourceNotFound as error:
         raise SourceNotFound(f"{name} has no tag {tag!r} here; 'nestquant ls' shows what there is") from error

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from storage.blob_store import BlobStore
 from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
+from storage.device.retry import OnRetry, Retry
 from storage.errors import AccessDenied, NotFound, PreconditionFailed, StorageError, StoreUnavailable
 
 
@@ -39,21 +40,31 @@ class Source(Protocol):
         ...
 
 
-def read(source: Source, key: str, *, max_bytes: int) -> bytes:
-    """Return all bytes of a small document, and never read more than ``max_bytes`` and one chunk of it."""
-    data = bytearray()
-    with source.open(key) as body:
-        if body.total_bytes is not None and body.total_bytes > max_bytes:
-            raise SourceError(
-                f"{key}: {body.total_bytes} bytes announced, at most {max_bytes} accepted", retryable=False
-            )
-        for chunk in body.chunks:
-            data += chunk
-            if len(data) > max_bytes:
-                raise SourceError(f"{key}: more than the {max_bytes} bytes accepted", retryable=False)
-    if body.total_bytes is not None and len(data) != body.total_bytes:
-        raise SourceError(f"{key}: cut after {len(data)} of {body.total_bytes} bytes")
-    return bytes(data)
+@dataclass(frozen=True)
+class Documents:
+    """Reads small documents whole, bounded, and again within the retry budget."""
+
+    source: Source
+    retry: Retry = field(default_factory=Retry)
+    on_retry: OnRetry = lambda _message, _wait_s: None
+
+    def read(self, key: str, *, max_bytes: int) -> bytes:
+        """Return all bytes of ``key``; never take more than ``max_bytes`` and one chunk of it."""
+        return self.retry.run(lambda: self._read(key, max_bytes), self.on_retry)
+
+    def _read(self, key: str, max_bytes: int) -> bytes:
+        data = bytearray()
+        with self.source.open(key) as body:
+            announced = body.total_bytes
+            if announced is not None and announced > max_bytes:
+                raise SourceError(f"{key}: {announced} bytes announced, at most {max_bytes} accepted", retryable=False)
+            for chunk in body.chunks:
+                data += chunk
+                if len(data) > max_bytes:
+                    raise SourceError(f"{key}: more than the {max_bytes} bytes accepted", retryable=False)
+        if announced is not None and len(data) != announced:
+            raise SourceError(f"{key}: cut after {len(data)} of {announced} bytes")
+        return bytes(data)
 
 
 @dataclass(frozen=True)
