@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.device.cache import Cache, Installed, State, blobs_of, disk_errors
-from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled, Untrusted
+from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled
 from storage.device.fetch import Fetcher, Pace, Traffic
 from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
@@ -31,15 +31,15 @@ _BLOCK_BYTES = 1 << 20
 class Device:
     """Models in one cache folder, and the source they come from.
 
-    ``resolver``: how a name becomes a release. ``storage.device.trust.Trust(...).resolve`` verifies signatures;
-    ``unsigned=True`` takes the store's word. One of the two must be said. ``source=None``: offline; everything but
-    ``resolve``, ``pull`` and ``upgrade`` works.
+    ``root_of_trust``: a root of the store (``storage.signing_root.create_root``), needed until the cache has pinned
+    one. ``unsigned=True`` takes the store's word instead: nothing is verified but digests. ``source=None``: offline;
+    everything but ``resolve``, ``pull`` and ``upgrade`` works.
     """
 
     root: Path
     source: Source | None = None
     unsigned: bool = False
-    resolver: Callable[[Documents, str, str], Release] | None = None
+    root_of_trust: bytes | None = None
     retry: Retry = field(default_factory=Retry)
     pace: Pace = field(default_factory=Pace)
     on_event: Callable[[Event], None] = lambda _: None
@@ -51,13 +51,11 @@ class Device:
     def resolve(self, name: str, ref: str = "latest") -> Release:
         """Find a version by tag or number and check its manifest; nothing is written but trusted metadata."""
         documents = Documents(self._need_source(), self.retry, lambda why, s: self._retrying(name, why, s))
-        if self.resolver is not None:
-            return self.resolver(documents, name, ref)
-        if not self.unsigned:
-            raise Untrusted(
-                f"{name}: no root of trust; give one (--trust root.json), or take the store's word (--allow-unsigned)"
-            )
-        return resolve_unsigned(documents, name, ref)
+        if self.unsigned:
+            return resolve_unsigned(documents, name, ref)
+        from storage.device.trust import Trust  # python-tuf takes 20 MB and 0.3 s
+
+        return Trust(self._cache.root / "trust", self.root_of_trust).resolve(documents, name, ref)
 
     def pull(self, name: str, ref: str = "latest", *, level: int | None = None) -> Moved:
         """Bring a version: base, then high shards, in execution order.

@@ -1,0 +1,233 @@
+"""What a publisher signs: which versions and tags of a model count, and until when (TUF, one repository per model).
+
+    models/<name>/trust/<n>.targets.json    versions and tags, each with length and SHA-256 of its manifest; create-only
+    models/<name>/trust/<n>.snapshot.json   names <n>.targets.json; create-only
+    models/<name>/trust/timestamp.json      names the newest snapshot; the one file that is overwritten
+
+Edition n is the pair of that number, so that putting ``<n>.targets.json`` if absent orders all signers, and nothing but
+that is asked of the store. Every document names its model: those of one model cannot be served for another, although
+all share the keys of the store's root.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+from securesystemslib.signer import CryptoSigner
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
+
+from storage.blob_store import BlobStore
+from storage.errors import AlreadyExists, NotFound, StoreUnavailable, WriteConflict
+from storage.layout import check_tag, manifest_key, model_prefix
+from storage.registry import Registry
+from storage.signing_keys import SigningError
+from storage.signing_root import newest_root
+
+MODEL_FIELD = "x-nestquant-model"
+MAX_TARGETS_BYTES = 5_000_000
+MAX_SNAPSHOT_BYTES = 65_536
+MAX_TIMESTAMP_BYTES = 16_384
+_ATTEMPTS = 50
+T = TypeVar("T", Targets, Snapshot, Timestamp)
+
+
+@dataclass(frozen=True)
+class Lives:
+    """How long each statement holds: ``timestamp`` bounds how long a device can be kept from news."""
+
+    targets: timedelta = timedelta(days=365)
+    snapshot: timedelta = timedelta(days=365)
+    timestamp: timedelta = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """An edition in the store: its number, the versions and tags it vouches for, and when its timestamp ends."""
+
+    name: str
+    edition: int
+    versions: tuple[int, ...]
+    tags: dict[str, int]
+    expires: datetime
+
+
+@dataclass(frozen=True)
+class _Keys:
+    root: Root
+    signers: Sequence[CryptoSigner]
+
+    def sign(self, role: str, metadata: Metadata[T]) -> bytes:
+        allowed = self.root.roles[role]
+        for signer in self.signers:
+            if signer.public_key.keyid in allowed.keyids:
+                metadata.sign(signer, append=True)
+        if len(metadata.signatures) < allowed.threshold:
+            known = ", ".join(keyid[:12] for keyid in allowed.keyids)
+            raise SigningError(f"no key given that may sign {role}; the root names {known}")
+        return metadata.to_bytes()
+
+    def check(self, role: str, raw: bytes, name: str) -> Metadata[T]:
+        """Parse what the store holds and verify it; the caller knows the type from the role."""
+        try:
+            metadata: Metadata[T] = Metadata.from_bytes(raw)
+            self.root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        except UnsignedMetadataError as error:
+            raise SigningError(
+                f"{name}: the newest {role} is not signed by a key that the root still names; "
+                "sign afresh, saying which versions and tags count"
+            ) from error
+        except (RepositoryError, ValueError) as error:
+            raise SigningError(f"{name}: {role}: {error}") from error
+        if metadata.signed.unrecognized_fields.get(MODEL_FIELD) != name:
+            raise SigningError(f"{name}: the {role} there is of another model")
+        return metadata
+
+
+def trust_key(name: str, document: str) -> str:
+    """Return the key of one of a model's signed documents."""
+    return f"{model_prefix(name)}trust/{document}.json"
+
+
+def tag_target(name: str, tag: str) -> str:
+    """Return the path under which a tag stands among the targets."""
+    return f"{model_prefix(name)}tags/{check_tag(tag)}"
+
+
+def sign(
+    store: BlobStore,
+    name: str,
+    signers: Sequence[CryptoSigner],
+    *,
+    versions: Iterable[int] = (),
+    tags: Mapping[str, int] | None = None,
+    withdraw: Iterable[int] = (),
+    afresh: bool = False,
+    lives: Lives | None = None,
+) -> Signed:
+    """Vouch for versions that the store holds, and for tags; what was vouched for before stays, unless ``afresh``.
+
+    Needs a publisher and an online key. A tag's version is vouched for with it. ``withdraw`` takes versions back.
+    """
+    tags, lives = dict(tags or {}), lives or Lives()
+    keys = _Keys(newest_root(store).signed, signers)
+    added = _targets_of(store, name, set(versions) | set(tags.values()), tags)
+    taken = {manifest_key(name, version) for version in withdraw}
+    edition = _newest_edition(store, name)
+    for _ in range(_ATTEMPTS):
+        before = {} if afresh or not edition else _read_targets(store, name, edition, keys).targets
+        kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken)}
+        targets = Targets(edition + 1, expires=_from_now(lives.targets), targets={**kept, **added})
+        targets.unrecognized_fields[MODEL_FIELD] = name
+        raw = keys.sign(Targets.type, Metadata(targets))
+        edition += 1
+        if _create(store, trust_key(name, f"{edition}.targets"), raw):
+            return _announce(store, name, edition, keys, lives)
+    raise SigningError(f"{name}: {_ATTEMPTS} others signed at the same time; try again")
+
+
+def refresh(store: BlobStore, name: str, online: Sequence[CryptoSigner], *, lives: Lives | None = None) -> Signed:
+    """Say again that the newest edition is the newest, well within ``Lives.timestamp``; needs the online key alone."""
+    edition = _newest_edition(store, name)
+    if not edition:
+        raise SigningError(f"{name}: nothing was signed yet; sign a version first")
+    return _announce(store, name, edition, _Keys(newest_root(store).signed, online), lives or Lives())
+
+
+def _targets_of(store: BlobStore, name: str, versions: set[int], tags: Mapping[str, int]) -> dict[str, TargetFile]:
+    registry, found = Registry(store), {}
+    for version in sorted(versions):
+        raw = registry.resolve(name, version).raw
+        tagged = [tag_target(name, tag) for tag, tagged_version in tags.items() if tagged_version == version]
+        for path in [manifest_key(name, version), *tagged]:
+            found[path] = TargetFile.from_data(path, raw, ["sha256"])
+            found[path].unrecognized_fields["custom"] = {"version": version}
+    return found
+
+
+def _withdrawn(path: str, file: TargetFile, name: str, taken: set[str]) -> bool:
+    return path in taken or manifest_key(name, file.custom["version"]) in taken
+
+
+def _newest_edition(store: BlobStore, name: str) -> int:
+    """Return the highest edition; they are numbered without a gap, so doubling and bisecting finds it without LIST."""
+    low, step = 0, 1
+    while store.exists(trust_key(name, f"{low + step}.targets")):
+        low, step = low + step, step * 2
+    high = low + step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if store.exists(trust_key(name, f"{middle}.targets")) else (low, middle)
+    return low
+
+
+def _read_targets(store: BlobStore, name: str, edition: int, keys: _Keys) -> Targets:
+    raw = store.get(trust_key(name, f"{edition}.targets"), max_bytes=MAX_TARGETS_BYTES)
+    metadata: Metadata[Targets] = keys.check(Targets.type, raw, name)
+    return metadata.signed
+
+
+def _announce(store: BlobStore, name: str, edition: int, keys: _Keys, lives: Lives) -> Signed:
+    """Complete an edition and point the timestamp at it, or at a later one that came in between."""
+    while True:
+        raw_targets = store.get(trust_key(name, f"{edition}.targets"), max_bytes=MAX_TARGETS_BYTES)
+        targets: Metadata[Targets] = keys.check(Targets.type, raw_targets, name)
+        meta = {"targets.json": MetaFile.from_data(edition, raw_targets, ["sha256"])}
+        snapshot = Snapshot(edition, expires=_from_now(lives.snapshot), meta=meta)
+        snapshot.unrecognized_fields[MODEL_FIELD] = name
+        snapshot_key = trust_key(name, f"{edition}.snapshot")
+        _create(store, snapshot_key, keys.sign(Snapshot.type, Metadata(snapshot)))
+        raw_snapshot = store.get(snapshot_key, max_bytes=MAX_SNAPSHOT_BYTES)
+        _: Metadata[Snapshot] = keys.check(
+            Snapshot.type, raw_snapshot, name
+        )  # whoever came first: is it still trusted?
+        timestamp = Timestamp(
+            _next_timestamp(store, name, keys),
+            expires=_from_now(lives.timestamp),
+            snapshot_meta=MetaFile.from_data(edition, raw_snapshot, ["sha256"]),
+        )
+        timestamp.unrecognized_fields[MODEL_FIELD] = name
+        raw = keys.sign(Timestamp.type, Metadata(timestamp))
+        store.put(trust_key(name, "timestamp"), raw, mode="overwrite")
+        if not store.exists(trust_key(name, f"{edition + 1}.targets")):
+            return _summary(name, edition, targets.signed, timestamp.expires)
+        edition += 1  # our timestamp may have overtaken that of a faster signer: name the newest again
+
+
+def _next_timestamp(store: BlobStore, name: str, keys: _Keys) -> int:
+    """Return a version above the last: milliseconds since 1970, which tell devices what time it is at least."""
+    now = time.time_ns() // 1_000_000
+    try:
+        raw = store.get(trust_key(name, "timestamp"), max_bytes=MAX_TIMESTAMP_BYTES)
+        last: Metadata[Timestamp] = keys.check(Timestamp.type, raw, name)
+    except (NotFound, SigningError):
+        return now  # none yet, or of a revoked key: devices forget that one as well (TUF specification, 5.3.11)
+    return max(now, last.signed.version + 1)
+
+
+def _create(store: BlobStore, key: str, raw: bytes) -> bool:
+    """Put if absent; True where the bytes under ``key`` are ours, even if the answer to our write was lost."""
+    try:
+        store.put(key, raw, mode="create")
+    except (AlreadyExists, WriteConflict, StoreUnavailable) as error:
+        try:
+            return store.get(key, max_bytes=MAX_TARGETS_BYTES) == raw
+        except NotFound:
+            raise error from None
+    return True
+
+
+def _summary(name: str, edition: int, targets: Targets, expires: datetime) -> Signed:
+    prefix = f"{model_prefix(name)}tags/"
+    files = {path: file.custom["version"] for path, file in targets.targets.items()}
+    tags = {path.removeprefix(prefix): version for path, version in files.items() if path.startswith(prefix)}
+    versions = tuple(sorted({version for path, version in files.items() if not path.startswith(prefix)}))
+    return Signed(name, edition, versions, tags, expires)
+
+
+def _from_now(life: timedelta) -> datetime:
+    return (datetime.now(UTC) + life).replace(microsecond=0)
