@@ -1,0 +1,57 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both need bare Python 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+
+# make demo WEIGHTS=... MODEL=... DATA=...: the same on real weights
+WEIGHTS ?=
+MODEL ?=
+LIBRARY ?= pytorchcv
+DATA ?=
+CALIBRATION ?=
+BITS ?= [8,4]
+
+.PHONY: demo test check lint test-slow test-gpu fuzz bench tables clean help
+
+help:
+	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
+	@echo "make test       lint, types, imports, tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
+
+$(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: $(BIN)/.ready
+	$(BIN)/python -m jobs.demo --weights '$(WEIGHTS)' --library '$(LIBRARY)' --model '$(MODEL)' --data '$(DATA)' --calibration '$(CALIBRATION)' --bits '$(BITS)'
+
+test: $(BIN)/.ready lint
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: $(BIN)/.ready
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-gpu: $(BIN)/.ready
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.bench_rounding
+	$(BIN)/python -m tests.benchmarks.bench_packing
+
+tables: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.accuracy_table
+	$(BIN)/python -m tests.benchmarks.size_table
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""What a person asks for: specs, plans, the driver, the command line."""

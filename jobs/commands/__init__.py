@@ -1,0 +1,1 @@
+"""The command line's commands, by what they touch: jobs, the device's cache, the store."""

@@ -1,0 +1,49 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Store = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="NESTQUANT_STORE",
+        help="A folder, file:///path or s3://bucket/prefix?endpoint_url=...&region=...&addressing_style=path&profile=...",
+        show_default=False,
+    ),
+]
+Cache = Annotated[Path, typer.Option("--cache", envvar="NESTQUANT_CACHE", help="The device's folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME[@REF]", help="A model's name, and a tag, a version number or a digest; @latest by default."
+    ),
+]
+DEFAULT_CACHE = Path("nestquant-cache")
+
+
+def split_ref(model: str) -> tuple[str, str]:
+    """Return ``(name, ref)`` of ``name@ref``; the tag ``latest`` where none is given."""
+    name, _, ref = model.partition("@")
+    return name, ref or "latest"
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    typer.echo(json.dumps(document, indent=2, sort_keys=True))
+
+
+def size(count: int) -> str:
+    """Return bytes for people: ``1.4 MB`` (decimal)."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

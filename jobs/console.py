@@ -1,0 +1,225 @@
+"""What people see: live progress while a job runs, tables when it is done.
+
+Everything here goes through rich.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jobs.commands.options import size
+from jobs.driver import Prepared
+from jobs.events import Event, Listener
+from jobs.result import JobResult
+from jobs.spec import ClusterSpec
+from storage.manifest import Manifest
+from workers.executor import Executor, InProcessExecutor
+from workers.measure import Measured
+
+_WORDS = {
+    "validate": "check the spec, the store and the images",
+    "stage": "bring the weights",
+    "plan": "plan layers, shards and tasks",
+    "calibrate": "calibrate activation ranges",
+    "quantize": "quantize, pack and store",
+    "publish": "publish the manifest",
+    "pull": "pull it back as a device",
+    "evaluate": "measure what was pulled",
+}
+
+
+@contextmanager
+def executor(cluster: ClusterSpec, *, local: bool) -> Iterator[Executor]:
+    """Yield who does the work: this process with ``local``, else the Ray cluster that the spec names."""
+    if local:
+        yield InProcessExecutor()
+        return
+    from workers.remote import RayExecutor, RaySettings
+
+    settings = RaySettings(
+        address=cluster.address,
+        num_cpus=cluster.num_cpus,
+        cpus_per_task=cluster.cpus_per_task,
+        max_in_flight=cluster.max_in_flight,
+        max_retries=cluster.max_retries,
+    )
+    with RayExecutor(settings) as ray_executor:
+        yield ray_executor
+
+
+@contextmanager
+def listener(*, quiet: bool) -> Iterator[Listener]:
+    """Yield a listener: live bars on a terminal, one line a stage elsewhere, nothing where ``quiet``.
+
+    All of it on standard error.
+    """
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            yield _Bars(progress)
+    else:
+        yield _lines(console)
+
+
+class _Bars:
+    """One bar a stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.bars: dict[str, TaskID] = {}
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "note":
+            self.progress.console.print(f"note: {event.message}")
+            return
+        if event.stage not in self.bars:
+            self.bars[event.stage] = self.progress.add_task(_WORDS[event.stage], total=1)
+        bar = self.bars[event.stage]
+        if event.kind == "progress":
+            self.progress.update(bar, completed=event.done, total=event.total)
+        elif event.kind == "finished":
+            total = self.progress.tasks[bar].total or 1
+            self.progress.update(bar, completed=total)
+            self.progress.stop_task(bar)
+
+
+def _lines(console: Console) -> Listener:
+    def listen(event: Event) -> None:
+        if event.kind == "finished":
+            console.print(f"{_WORDS[event.stage]}: {event.seconds:.1f} s", highlight=False)
+        elif event.kind == "note":
+            console.print(f"note: {event.message}", highlight=False)
+
+    return listen
+
+
+def print_result(result: JobResult) -> None:
+    """Print what a job found: accuracy by mode, sizes, seconds by stage, and what stays float."""
+    console = Console()
+    state = "published" if result.created else "already published"
+    tags = f", tagged {', '.join(result.tags)}" if result.tags else ", not tagged"
+    console.print(
+        f"\n[bold]{result.name}[/] version {result.version} {state}{tags}  "
+        f"({result.library} {result.arch}, {_bits(result.bits)})"
+    )
+    if result.measured:
+        console.print(_accuracy_table(result.measured))
+    console.print(_size_table(result))
+    stages = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
+    console.print(f"seconds by stage: {stages}", highlight=False)
+    if result.work.reused:
+        console.print(f"{result.work.reused} of {result.work.units} units of work were found done by an earlier run")
+    if result.kept_float:
+        console.print(
+            f"{len(result.kept_float)} layers or parameters stay float: "
+            f"'nestquant inspect {result.name}@{result.version}' lists them"
+        )
+    for name, reason in result.skipped_images[:5]:
+        console.print(f"skipped image {name}: {reason}")
+    if len(result.skipped_images) > 5:
+        console.print(f"... and {len(result.skipped_images) - 5} more skipped images")
+
+
+def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:
+    """Print accuracy by mode."""
+    console = Console()
+    console.print(f"[bold]{manifest.name}[/] version {manifest.version}")
+    console.print(_accuracy_table(measured))
+
+
+def _accuracy_table(measured: Sequence[Measured]) -> Table:
+    table = Table("mode", "activations")
+    table.add_column("top-1 %", justify="right")
+    table.add_column("± s.e.", justify="right")
+    table.add_column("right / images", justify="right")
+    table.add_column("resident", justify="right")
+    for one in measured:
+        resident = "" if one.resident_bytes is None else size(one.resident_bytes)
+        accuracy = one.accuracy
+        table.add_row(
+            one.mode,
+            "quantized" if one.activations else "float",
+            f"{accuracy.top1:.2f}",
+            f"{accuracy.standard_error:.2f}",
+            f"{one.correct} / {one.total}",
+            resident,
+        )
+    return table
+
+
+def _size_table(result: JobResult) -> Table:
+    sizes = result.sizes
+    high, low = sizes.level_bytes[0], sum(sizes.level_bytes[1:])
+    table = Table("bytes", "")
+    table.columns[1].justify = "right"
+    rows = [
+        ("float checkpoint", size(sizes.float_bytes)),
+        ("stored: high + low shards", f"{size(high)} + {size(low)}"),
+        ("stored: float parameters (base)", size(sizes.base_bytes)),
+        ("bits per quantized weight, scales and headers included", f"{result.stored_bits_per_weight:.2f}"),
+        ("moved to run part-bit (base + high)", size(result.pull.pull_bytes)),
+        ("moved by the upgrade to full-bit (low)", size(result.pull.upgrade_bytes)),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _bits(bits: Sequence[int]) -> str:
+    return " over ".join(map(str, bits)) + " bits"
+
+
+def plan_document(prepared: Prepared) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    plan = prepared.plan
+    return {
+        "job": prepared.job,
+        "layers": [layer.model_dump(mode="json") for layer in plan.layers],
+        "kept_float": [record.model_dump(mode="json") for record in plan.kept_float],
+        "weights": plan.weights,
+        "shard_groups": len(plan.groups),
+        "base_blobs": len(plan.base),
+        "tasks": len(plan.tasks),
+        "task_bytes": plan.task_bytes,
+    }
+
+
+def print_plan(prepared: Prepared) -> None:
+    """Print the plan: layers in execution order, shards, tasks, memory, and what stays float."""
+    plan, console = prepared.plan, Console()
+    table = Table("layer", "kind", "shape", "bits", "scheme", "shard groups")
+    for layer in plan.layers:
+        groups = (
+            f"{layer.pieces[0].group}-{layer.pieces[-1].group}" if len(layer.pieces) > 1 else str(layer.pieces[0].group)
+        )
+        table.add_row(
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.shape)),
+            "|".join(map(str, layer.bits)),
+            layer.scheme,
+            groups,
+        )
+    console.print(table)
+    for record in plan.kept_float:
+        console.print(f"stays float: {record.name} ({record.reason})")
+    console.print(
+        f"{plan.weights:,} weights in {len(plan.layers)} layers -> "
+        f"{len(plan.groups)} shard groups and {len(plan.base)} base blobs in "
+        f"{len(plan.tasks)} tasks of at most {size(plan.task_bytes)}; job {prepared.job}"
+    )

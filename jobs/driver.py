@@ -1,0 +1,256 @@
+"""The main job, stage by stage: validate, stage, plan, calibrate, quantize, publish, pull back, evaluate, tag.
+
+The driver moves names and digests; weights go from the checkpoint to a worker and from there to the store. What is
+published is pulled back as a device would, and measured; with a gate in the spec, a version that falls short stays
+without its tags.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.calibration import Calibrated, calibrate
+from jobs.evaluation import evaluate, gate_fault, measure_tasks
+from jobs.events import Event, Listener, StageClock
+from jobs.plan import Plan, make_plan
+from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
+from jobs.spec import METHOD_VERSION, JobSpec
+from jobs.stage import Staged, outline, stage
+from storage.capabilities import has_create_only
+from storage.device import Device, StoreSource
+from storage.errors import UnsafeStore
+from storage.manifest import Manifest, ModelRecord, ShardGroup, canonical_json
+from storage.registry import Published, Registry
+from storage.uri import open_store
+from workers.checkpoint import fetch
+from workers.executor import Executor
+from workers.images import open_images
+from workers.measure import Measured
+from workers.quantize import run_bundle
+from workers.tasks import BaseRecord, Bundle, GroupRecord, TaskContext, UnitResult
+
+REPORT = "job"
+_TOOLS = ("nestquant-service", "torch", "numpy", "zstandard", "safetensors", "timm", "pytorchcv")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose inputs are checked and whose plan is made; nothing is quantized yet."""
+
+    registry: Registry
+    staged: Staged
+    plan: Plan
+    calibration_digest: str | None
+    job: str
+
+
+def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Prepared:
+    """Check everything that can be checked before work starts, bring the weights where workers read them, and plan.
+
+    Raises:
+        SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
+    """
+    with clock.stage("validate"):
+        registry = Registry(open_store(spec.store.uri))
+        _check_store(registry, single_writer=spec.store.single_writer)
+        network = outline(spec.model)
+        calibration_digest = _check_images(spec, folder)
+    with clock.stage("stage"):
+        staged = stage(spec.model, spec.preprocess, network, folder, None if executor.same_machine else registry)
+    with clock.stage("plan"):
+        plan = make_plan(
+            spec,
+            staged.scan,
+            staged.order,
+            {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()},
+        )
+    job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
+    return Prepared(registry, staged, plan, calibration_digest, job)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the stages after the plan brought."""
+
+    calibrated: Calibrated
+    results: Sequence[UnitResult]
+    published: Published
+    manifest: Manifest
+    pull: PullSummary
+    measured: tuple[Measured, ...]
+    fault: str | None
+
+
+def run_job(spec: JobSpec, executor: Executor, listen: Listener = lambda _: None) -> JobResult:
+    """Run a job from spec to tag and return what it found.
+
+    Running it again does only what is missing: finished units are found in the job's ledger, blobs by their digest,
+    the version by its content.
+
+    Raises:
+        SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
+    """
+    clock = StageClock(listen)
+    with tempfile.TemporaryDirectory(prefix="nestquant-job-") as folder:
+        prepared = prepare(spec, executor, Path(folder), clock)
+        for note in prepared.staged.notes:
+            listen(Event("note", "plan", message=note))
+        outcome = _carry_out(spec, prepared, executor, Path(folder), clock)
+    result = _result(spec, prepared, outcome, clock.seconds)
+    prepared.registry.put_report(result.name, result.version, REPORT, canonical_json(result))
+    return result
+
+
+def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Path, clock: StageClock) -> Outcome:
+    registry, staged, plan = prepared.registry, prepared.staged, prepared.plan
+    gate = spec.evaluate if spec.evaluate is not None and spec.evaluate.has_gate else None
+    with clock.stage("calibrate"):
+        digest, progress = prepared.calibration_digest, clock.progress("calibrate")
+        calibrated = calibrate(spec, staged, plan, executor, digest=digest, on_done=progress)
+    with clock.stage("quantize"):
+        results = _quantize(prepared, executor, clock)
+    with clock.stage("publish"):
+        draft = _manifest(spec, prepared, calibrated, results)
+        published = registry.publish(draft, single_writer=spec.store.single_writer)
+        if gate is None:
+            _tag(registry, published, spec.store.tags)
+    with clock.stage("pull"):
+        cache = folder / "device"
+        manifest, pull = _pull(registry, published, cache)
+    measured: tuple[Measured, ...] = ()
+    if spec.evaluate is not None:
+        with clock.stage("evaluate"):
+            here = cache if executor.same_machine else None
+            tasks = measure_tasks(spec, spec.evaluate, staged, manifest, store_uri=registry.store.uri, cache=here)
+            measured = evaluate(tasks, executor, clock.progress("evaluate"))
+    fault = None if gate is None else gate_fault(gate, measured)
+    if gate is not None and fault is None:
+        _tag(registry, published, spec.store.tags)
+    return Outcome(calibrated, results, published, manifest, pull, measured, fault)
+
+
+def _check_store(registry: Registry, *, single_writer: bool) -> None:
+    """Write to the store before any work is done for it; publishing checks again."""
+    if not has_create_only(registry.store) and not single_writer:
+        raise UnsafeStore(
+            f"{registry.store.uri}: this store ignores put-if-absent, so two publishers could overwrite each other; "
+            "use another store, or say --single-writer if nobody else publishes to it"
+        )
+
+
+def _check_images(spec: JobSpec, folder: Path) -> str | None:
+    """Open every image set named in the spec, so that a wrong path costs no work; return the calibration set's
+    digest.
+    """
+    if spec.evaluate is not None:
+        images = open_images(fetch(spec.evaluate.data, folder))
+        images.require_labels()
+    if spec.calibration is None:
+        return None
+    images = open_images(fetch(spec.calibration.data, folder))
+    return images.digest(min(spec.calibration.samples, len(images)))
+
+
+def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list[UnitResult]:
+    registry, plan, source = prepared.registry, prepared.plan, prepared.staged.source
+    context = TaskContext(
+        store_uri=registry.store.uri, source_store=source.store, source_key=source.key, job=prepared.job
+    )
+    bundles = [Bundle(context=context, units=units) for units in plan.tasks]
+    total, results = len(plan.groups) + len(plan.base), list[UnitResult]()
+    progress = clock.progress("quantize")
+    for _, done in executor.map(run_bundle, bundles, memory_bytes=plan.task_bytes):
+        results.extend(done)
+        progress(len(results), total)
+    return results
+
+
+def _manifest(spec: JobSpec, prepared: Prepared, calibrated: Calibrated, results: Sequence[UnitResult]) -> Manifest:
+    staged, plan = prepared.staged, prepared.plan
+    groups = sorted(
+        (result.record for result in results if isinstance(result.record, GroupRecord)), key=lambda record: record.index
+    )
+    base = sorted(
+        (result.record for result in results if isinstance(result.record, BaseRecord)), key=lambda record: record.index
+    )
+    layers = tuple(layer.model_copy(update={"activation": calibrated.ranges.get(layer.name)}) for layer in plan.layers)
+    float_bytes = sum(info.size_bytes for info in staged.tensors.values())
+    return Manifest(
+        name=spec.name,
+        version=1,
+        model=ModelRecord(
+            library=spec.model.library,
+            arch=spec.model.arch,
+            kwargs=spec.model.kwargs,
+            source_digest=staged.source_digest,
+            parameters=staged.parameters,
+        ),
+        recipe={"method": METHOD_VERSION, **spec.quantize.model_dump(mode="json")},
+        layers=layers,
+        groups=tuple(ShardGroup(levels=record.levels) for record in groups),
+        base=tuple(record.descriptor for record in base),
+        kept_float=plan.kept_float,
+        preprocessing=staged.preprocessing.to_record(),
+        calibration=calibrated.record,
+        sizes=sizes_of(groups, sum(record.descriptor.size_bytes for record in base), layers, float_bytes),
+        tool_versions=tool_versions(_TOOLS),
+        job=prepared.job,
+    )
+
+
+def _tag(registry: Registry, published: Published, tags: Iterable[str]) -> None:
+    for tag in tags:
+        registry.tag(published.name, tag, published.version)
+
+
+def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manifest, PullSummary]:
+    """Fetch the version as a device does, part-bit first, then the upgrade."""
+    device = Device(cache, StoreSource(registry.store), unsigned=True)
+    pulled = device.pull(published.name, str(published.version))
+    upgraded = device.upgrade(published.name)
+    return device.manifest(published.name), PullSummary(
+        pull_bytes=pulled.received_bytes, upgrade_bytes=upgraded.received_bytes
+    )
+
+
+def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[str, float]) -> JobResult:
+    published, sizes = outcome.published, outcome.manifest.sizes
+    skipped = [*outcome.calibrated.skipped, *(image for one in outcome.measured for image in one.skipped)]
+    return JobResult(
+        name=published.name,
+        version=published.version,
+        digest=published.digest,
+        created=published.created,
+        tags=() if outcome.fault else spec.store.tags,
+        job=prepared.job,
+        library=spec.model.library,
+        arch=spec.model.arch,
+        bits=spec.quantize.bits,
+        sizes=sizes,
+        stored_bits_per_weight=stored_bits_per_weight(sizes),
+        kept_float=outcome.manifest.kept_float,
+        layers=layer_qualities(outcome.manifest.layers, outcome.results),
+        measured=outcome.measured,
+        work=WorkSummary.of(outcome.results),
+        pull=outcome.pull,
+        seconds=seconds,
+        skipped_images=tuple(dict.fromkeys(skipped)),
+        notes=prepared.staged.notes,
+        gate=outcome.fault,
+    )
+
+
+def tool_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed version of each distribution, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

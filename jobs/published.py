@@ -1,0 +1,91 @@
+"""Measure a version that is published, or pulled to a device already, without the job that made it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from jobs.events import Event, Listener
+from jobs.result import level_name
+from storage.device import Device, StoreSource
+from storage.manifest import Manifest
+from storage.uri import open_store
+from workers import runtime, zoo
+from workers.checkpoint import fetch
+from workers.evaluate import top1
+from workers.images import open_images
+from workers.measure import Measured
+from workers.zoo import Preprocessing
+
+
+def measure_published(
+    name: str,
+    ref: str,
+    *,
+    store: str | None,
+    cache: Path | None,
+    data: str,
+    limit: int | None,
+    batch_size: int,
+    listen: Listener,
+) -> tuple[Manifest, tuple[Measured, ...]]:
+    """Measure every mode that is there, with and without quantized activations where ranges are known.
+
+    Args:
+        name: the model's name.
+        ref: tag, number or digest; a device's folder holds one version and takes no other.
+        store: pull the version from here into a scratch folder, or None.
+        cache: a device's folder to read offline, or None.
+        data: labelled images, a path or URI.
+        limit: use the first so many images.
+        batch_size: images in one forward pass.
+        listen: hears of progress.
+
+    Raises:
+        WorkError, storage.StorageError: what is missing or does not fit.
+    """
+    with tempfile.TemporaryDirectory(prefix="nestquant-evaluate-") as folder:
+        images = open_images(fetch(data, Path(folder)))
+        images.require_labels()
+        if cache is None:
+            assert store is not None
+            device = Device(Path(folder) / "cache", StoreSource(open_store(store)), unsigned=True)
+            device.pull(name, ref)
+            device.upgrade(name)
+        else:
+            device = Device(cache)
+        manifest = device.manifest(name)
+        levels = device.levels(name)
+        ranges = any(layer.activation is not None for layer in manifest.layers)
+        modes = [(level, quantized) for quantized in ((False, True) if ranges else (False,)) for level in levels]
+        model = runtime.load(manifest, device.blob_path)
+        preprocessing = (
+            Preprocessing.from_record(manifest.preprocessing)
+            if manifest.preprocessing is not None
+            else zoo.default_preprocessing(manifest.model.library, model.network)
+        )
+        measured = []
+        listen(Event("started", "evaluate"))
+        for done, (level, quantized) in enumerate(modes):
+            listen(Event("progress", "evaluate", done=done, total=len(modes)))
+            model.to_level(level)
+            model.quantize_activations(enabled=quantized)
+            resident = model.resident_bytes()
+            model.set_residency("expanded")
+            images.skipped.clear()
+            accuracy = top1(model.network, images, preprocessing, batch_size=batch_size, limit=limit)
+            model.set_residency("packed")
+            measured.append(
+                Measured(
+                    mode=level_name(level, manifest.level_count()),
+                    level=level,
+                    activations=quantized,
+                    correct=accuracy.correct,
+                    total=accuracy.total,
+                    skipped=tuple(images.skipped),
+                    resident_bytes=resident,
+                    seconds=accuracy.seconds,
+                )
+            )
+        listen(Event("finished", "evaluate"))
+    return manifest, tuple(measured)

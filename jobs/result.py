@@ -1,0 +1,124 @@
+"""What a job found out: returned, kept beside the version as its report, printed by the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from storage.manifest import FloatRecord, LayerRecord, Record, SizeRecord
+from workers.measure import Measured
+from workers.tasks import GroupRecord, PieceRecord, UnitResult
+
+
+class LayerQuality(Record):
+    """Signal-to-quantization-noise ratio of one layer's weights in dB: ``sqnr_db[0]`` part-bit, the last full-bit;
+    None where nothing was lost.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    weights: int
+    sqnr_db: tuple[float | None, ...]
+
+
+class WorkSummary(Record):
+    """What the quantization cost: units done, units found done by an earlier run, worker seconds, bytes."""
+
+    units: int
+    reused: int
+    worker_seconds: float
+    bytes_read: int
+    bytes_written: int
+
+    @classmethod
+    def of(cls, results: Sequence[UnitResult]) -> WorkSummary:
+        """Add up what the units cost."""
+        return cls(
+            units=len(results),
+            reused=sum(result.reused for result in results),
+            worker_seconds=sum(result.seconds for result in results),
+            bytes_read=sum(result.bytes_read for result in results),
+            bytes_written=sum(result.bytes_written for result in results),
+        )
+
+
+class PullSummary(Record):
+    """What a device moved to run part-bit, and then to run full-bit."""
+
+    pull_bytes: int
+    upgrade_bytes: int
+
+
+class JobResult(Record):
+    """Everything that a finished job has to say."""
+
+    name: str
+    version: int
+    digest: str
+    created: bool
+    tags: tuple[str, ...]
+    job: str
+    arch: str
+    library: str
+    bits: tuple[int, ...]
+    sizes: SizeRecord
+    stored_bits_per_weight: float
+    kept_float: tuple[FloatRecord, ...]
+    layers: tuple[LayerQuality, ...]
+    measured: tuple[Measured, ...]
+    work: WorkSummary
+    pull: PullSummary
+    seconds: dict[str, float]
+    skipped_images: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    gate: str | None = None
+
+
+def stored_bits_per_weight(sizes: SizeRecord) -> float:
+    """Return the bits at rest for each quantized weight: all shards, scales and headers included, the float base
+    not.
+    """
+    return 8 * sum(sizes.level_bytes) / sizes.weights
+
+
+def layer_qualities(layers: Iterable[LayerRecord], results: Sequence[UnitResult]) -> tuple[LayerQuality, ...]:
+    """Add the pieces of each layer up to its signal-to-noise ratios."""
+    pieces: dict[str, list[PieceRecord]] = {}
+    for result in results:
+        if isinstance(result.record, GroupRecord):
+            for piece in result.record.pieces:
+                pieces.setdefault(piece.layer, []).append(piece)
+    return tuple(_quality(layer, sorted(pieces[layer.name], key=lambda piece: piece.start)) for layer in layers)
+
+
+def _quality(layer: LayerRecord, pieces: Sequence[PieceRecord]) -> LayerQuality:
+    signal = math.fsum(piece.signal for piece in pieces)
+    noise = [math.fsum(column) for column in zip(*(piece.noise for piece in pieces), strict=True)]
+    sqnr = tuple(10 * math.log10(signal / level) if signal > 0 and level > 0 else None for level in noise)
+    return LayerQuality(name=layer.name, bits=layer.bits, weights=math.prod(layer.shape), sqnr_db=sqnr)
+
+
+def sizes_of(
+    manifest_groups: Sequence[GroupRecord], base_bytes: int, layers: Sequence[LayerRecord], float_bytes: int
+) -> SizeRecord:
+    """Add up the bytes by kind."""
+    level_count = max(len(group.levels) for group in manifest_groups)
+    level_bytes = tuple(
+        sum(group.levels[level].size_bytes for group in manifest_groups if level < len(group.levels))
+        for level in range(level_count)
+    )
+    return SizeRecord(
+        weights=sum(math.prod(layer.shape) for layer in layers),
+        float_bytes=float_bytes,
+        base_bytes=base_bytes,
+        level_bytes=level_bytes,
+    )
+
+
+def level_name(level: int | None, level_count: int) -> str:
+    """Return ``float``, ``part-bit``, ``full-bit`` or, between them, ``level k``."""
+    if level is None:
+        return "float"
+    if level == level_count - 1:
+        return "full-bit"
+    return "part-bit" if level == 0 else f"level {level}"

@@ -1,0 +1,301 @@
+"""The job's spec: what a person writes in YAML or JSON.
+
+Unknown keys are refused with the nearest right name; every rule that needs no model is checked here, before anything
+is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jobs.errors import SpecError
+from storage.manifest import ModelName, Scheme, canonical_json
+from workers.errors import nearest
+
+METHOD_VERSION = 1
+"""Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
+identity."""
+
+DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
+
+Observer = Literal["sigma", "minmax", "percentile", "mse"]
+
+
+class Section(BaseModel):
+    """Base of the spec's sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Section):
+    """Which network, and where its weights come from.
+
+    ``checkpoint`` is a .safetensors, .pth or .pt (a path or an s3:// URI); ``pretrained`` lets the library download its
+    own; ``random_seed`` takes the architecture's own initialisation.
+    """
+
+    library: Literal["timm", "pytorchcv"]
+    arch: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: str | None = None
+    pretrained: bool = False
+    random_seed: int | None = Field(
+        default=None, description="random weights from this seed: for size tables and load tests"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
+        return self
+
+
+class Override(Section):
+    """What is different for the layers that a pattern matches."""
+
+    bits: tuple[int, ...] | None = None
+    scheme: Scheme | None = None
+    rounding: Literal["adaptive", "nearest"] | None = None
+
+
+class ActivationSpec(Section):
+    """How layer inputs are quantized, per tensor.
+
+    ``sigma`` needs no images: the range is so many standard deviations of the tensor on one forward pass of noise.
+    The others are calibrated.
+    """
+
+    bits: int = Field(default=8, ge=2, le=8)
+    observer: Observer = "mse"
+    sigma: float | None = Field(default=None, gt=0)
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    first_layer: Literal["float", "quantized"] = "float"
+
+
+class QuantizeSpec(Section):
+    """The recipe.
+
+    ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades.
+    """
+
+    bits: tuple[int, ...] = (8, 4)
+    scheme: Scheme = "asymmetric"
+    rounding: Literal["adaptive", "nearest"] = "adaptive"
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, Override] = Field(default_factory=dict)
+    activations: ActivationSpec | None = None
+
+    @field_validator("bits")
+    @classmethod
+    def _descending(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        return check_bits(bits)
+
+    @field_validator("overrides")
+    @classmethod
+    def _overridden_bits(cls, overrides: dict[str, Override]) -> dict[str, Override]:
+        for override in overrides.values():
+            if override.bits is not None:
+                check_bits(override.bits)
+        return overrides
+
+
+class PreprocessSpec(Section):
+    """How images become inputs; what is left out comes from the library's own configuration."""
+
+    size: int | None = Field(default=None, ge=8)
+    resize: int | None = Field(default=None, ge=8)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+
+
+class CalibrationSpec(Section):
+    """Images that set the activation ranges: a folder, a tar or an npz.
+
+    ``samples`` says how many of them, from the first.
+    """
+
+    data: str
+    samples: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class EvaluateSpec(Section):
+    """Labelled images that measure what was published; with a gate, a version that falls short is stored but not
+    tagged.
+    """
+
+    data: str
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=50, ge=1)
+    min_part_top1: float | None = Field(default=None, ge=0, le=100)
+    max_drop: float | None = Field(default=None, ge=0, le=100, description="points that full-bit may lie below float")
+
+    @property
+    def has_gate(self) -> bool:
+        """Tell whether a version can fall short of what is asked here."""
+        return self.min_part_top1 is not None or self.max_drop is not None
+
+
+class StoreSpec(Section):
+    """Where the version goes, and how large a shard may grow (bytes of packed integers)."""
+
+    uri: str
+    shard_bytes: int = Field(default=DEFAULT_SHARD_BYTES, ge=4096)
+    tags: tuple[str, ...] = ("latest",)
+    single_writer: bool = False
+
+
+class ClusterSpec(Section):
+    """How the work is spread.
+
+    Nothing here changes a byte of the artifact.
+    """
+
+    address: str = "local"
+    num_cpus: int | None = Field(default=None, ge=1)
+    task_weights: int = Field(default=16_000_000, ge=1, description="weights in one task, about")
+    cpus_per_task: float = Field(default=1, gt=0)
+    max_in_flight: int = Field(default=64, ge=1)
+    max_retries: int = Field(default=3, ge=0)
+
+
+class JobSpec(Section):
+    """One job: a model, a recipe, a store."""
+
+    name: ModelName
+    model: ModelSpec
+    store: StoreSpec
+    quantize: QuantizeSpec = QuantizeSpec()
+    preprocess: PreprocessSpec = PreprocessSpec()
+    calibration: CalibrationSpec | None = None
+    evaluate: EvaluateSpec | None = None
+    cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        activations = self.quantize.activations
+        if activations is not None and activations.observer != "sigma" and self.calibration is None:
+            raise ValueError(
+                f"quantize.activations.observer {activations.observer!r} needs 'calibration: {{data: ...}}'; "
+                "'sigma' works without images"
+            )
+        return self
+
+    def identity(self, *, source_digest: str, calibration_digest: str | None) -> str:
+        """Return the job's digest: what is asked, of which bytes, by which method.
+
+        Where it runs and how it is measured do not count.
+        """
+        document = {
+            "method": METHOD_VERSION,
+            "name": self.name,
+            "model": {
+                "library": self.model.library,
+                "arch": self.model.arch,
+                "kwargs": self.model.kwargs,
+                "source": source_digest,
+            },
+            "quantize": self.quantize.model_dump(mode="json"),
+            "preprocess": self.preprocess.model_dump(mode="json"),
+            "calibration": None
+            if self.calibration is None
+            else {
+                "data": calibration_digest,
+                "samples": self.calibration.samples,
+                "batch_size": self.calibration.batch_size,
+            },
+            "shard_bytes": self.store.shard_bytes,
+        }
+        return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+
+
+def check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widths if they count down within 1..8.
+
+    Raises:
+        ValueError: naming what is wrong with them.
+    """
+    if not bits or not all(1 <= width <= 8 for width in bits) or any(low >= high for high, low in pairwise(bits)):
+        raise ValueError(
+            f"bits are {list(bits)}; expected widths from 1 to 8 that count down, full width first, such as [8, 4]"
+        )
+    return bits
+
+
+def load_spec(path: str | Path, *, changes: dict[str, Any] | None = None) -> JobSpec:
+    """Read a spec from YAML or JSON; ``changes`` maps dotted keys (``store.uri``) to values that win over the file's.
+
+    Raises:
+        SpecError: one line for each fault, with the key, what was seen and what was expected.
+    """
+    file = Path(path)
+    try:
+        document = yaml.safe_load(file.read_text())
+    except FileNotFoundError as error:
+        raise SpecError(f"No spec at {path}: there is no such file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"Cannot read the spec {path}: {error}.") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" in line {place.line + 1}" if place is not None else ""
+        raise SpecError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(document, dict):
+        raise SpecError(f"{path} holds a {type(document).__name__}; expected keys such as 'name', 'model', 'store'.")
+    return parse_spec(with_changes(document, changes or {}), where=str(path))
+
+
+def with_changes(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the document with dotted keys set."""
+    result = dict(document)
+    for dotted, value in changes.items():
+        head, _, rest = dotted.partition(".")
+        inner = result.get(head)
+        result[head] = with_changes(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
+    return result
+
+
+def parse_spec(document: dict[str, Any], *, where: str) -> JobSpec:
+    """Validate a document; see ``load_spec`` for the errors."""
+    try:
+        return JobSpec.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(dict(item)) for item in error.errors()]
+        raise SpecError("\n".join(f"{where}: {fault}" for fault in faults)) from error
+
+
+def _fault(item: dict[str, Any]) -> str:
+    location = [str(step) for step in item["loc"]]
+    key = ".".join(location) or "spec"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"unknown key {key!r}.{nearest(location[-1], known)} Known here: {', '.join(sorted(known))}."
+    if item["type"] == "missing":
+        return f"{key!r} is missing."
+    message = str(item["msg"]).removeprefix("Value error, ")
+    seen = "" if isinstance(item["input"], dict) else f" Seen: {item['input']!r}."
+    return f"{key!r}: {message}.{seen}"
+
+
+def _known_keys(path: list[str]) -> set[str]:
+    section: type[BaseModel] = JobSpec
+    for step in path:
+        if section is QuantizeSpec and step == "overrides":
+            return set(Override.model_fields)
+        annotation = section.model_fields[step].annotation
+        inner = [
+            kind
+            for kind in (annotation, *getattr(annotation, "__args__", ()))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not inner:
+            return set()
+        section = inner[0]
+    return set(section.model_fields)

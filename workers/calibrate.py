@@ -1,0 +1,123 @@
+"""Activation statistics of the float network: one mergeable histogram for the input of each layer.
+
+Histograms hold integer counts, so merging is exact; a batch's activations depend on nothing but its images, as every
+batch has the same place and size in every split. Any number of workers gives the same ranges.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nestquant.observers import Histogram
+from storage.manifest import Record
+from workers.checkpoint import fetch, load_network
+from workers.errors import WorkError
+from workers.images import open_images
+from workers.tensors import TensorSource
+from workers.zoo import Preprocessing
+
+NOISE_SEED = 0
+
+
+class CalibrateTask(Record):
+    """Observe images ``start:stop`` of a set, or one batch of noise where ``data`` is None (the data-free recipe)."""
+
+    library: str
+    arch: str
+    kwargs: dict[str, Any]
+    source_store: str | None
+    source_key: str
+    layers: tuple[str, ...]
+    data: str | None
+    start: int
+    stop: int
+    batch_size: int
+    preprocessing: dict[str, Any]
+
+
+class Observed(Record):
+    """Histograms by layer (``Histogram.to_dict``), the images that count in them, and those that could not be
+    read.
+    """
+
+    histograms: dict[str, dict[str, Any]]
+    samples: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+@torch.inference_mode()
+def observe(task: CalibrateTask) -> Observed:
+    """Run the float network and count what goes into each layer.
+
+    Raises:
+        WorkError: an activation is NaN or infinite; the message names the layer.
+    """
+    network = load_network(task.library, task.arch, task.kwargs, TensorSource(task.source_store, task.source_key))
+    preprocessing = Preprocessing.from_record(task.preprocessing)
+    # One thread: how a sum is split over threads changes its last bit, and a bit can move a value to the next bin.
+    with (
+        tempfile.TemporaryDirectory(prefix="nestquant-calibrate-") as folder,
+        _threads(1),
+        _observed(network, task.layers) as histograms,
+    ):
+        if task.data is None:
+            shape = (task.batch_size, len(preprocessing.mean), preprocessing.size, preprocessing.size)
+            network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
+            samples, skipped = 0, list[tuple[str, str]]()
+        else:
+            images = open_images(fetch(task.data, Path(folder)))
+            samples = 0
+            for inputs, _ in images.batches(
+                preprocessing, batch_size=task.batch_size, start=task.start, stop=task.stop
+            ):
+                network(inputs)
+                samples += len(inputs)
+            skipped = images.skipped
+    return Observed(
+        histograms={name: histogram.to_dict() for name, histogram in histograms.items()},
+        samples=samples,
+        skipped=tuple(skipped),
+    )
+
+
+@contextmanager
+def _observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Histogram]]:
+    histograms: dict[str, Histogram] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            tensors = {
+                id(value): value for value in args if isinstance(value, Tensor) and torch.is_floating_point(value)
+            }
+            for tensor in tensors.values():
+                try:
+                    found = Histogram.of(tensor)
+                except ValueError as error:
+                    raise WorkError(f"Layer {name!r}: {error}; check the checkpoint and the preprocessing.") from error
+                histograms[name] = histograms[name].merge(found) if name in histograms else found
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers]
+    try:
+        yield histograms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,141 @@
+"""Float weights made ready for range reads: one local safetensors file whose keys are those of the network's state
+dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from storage.s3 import S3Store
+from storage.s3_errors import boto_errors, translate
+from storage.uri import open_store
+from workers import zoo
+from workers.errors import CheckpointError, nearest, shown
+from workers.tensors import TensorInfo, TensorReader, TensorSource
+
+PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_NESTED_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "net", "module", "params")
+
+
+def fetch(uri: str, folder: Path) -> Path:
+    """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
+
+    Raises:
+        CheckpointError: there is no such file.
+        storage.StorageError: the store refused.
+
+    """
+    if not uri.startswith("s3://"):
+        path = Path(uri.removeprefix("file://")).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
+        return path.resolve()
+    store = open_store(uri)
+    if not isinstance(store, S3Store) or not store.prefix:
+        raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
+    key = store.prefix.rstrip("/")
+    path = folder / Path(key).name
+    try:
+        store.client.download_file(store.bucket, key, str(path))
+    except boto_errors() as error:
+        raise translate(error, operation="GET", key=key, store=store) from error
+    return path
+
+
+def to_safetensors(path: Path, folder: Path) -> Path:
+    """Return a safetensors file with the checkpoint's tensors: ``path`` itself, or a conversion of a pickled state
+    dict in ``folder``.
+
+    Pickles are read with ``weights_only=True``: tensors and plain containers, no code. A state dict one level down
+    (``state_dict``, ``model`` ...) and the ``module.`` prefix of data-parallel training are unwrapped.
+    """
+    if path.suffix == ".safetensors":
+        return path
+    if path.suffix not in PICKLED_SUFFIXES:
+        raise CheckpointError(
+            f"{path.name}: expected a checkpoint ending in .safetensors, {', '.join(PICKLED_SUFFIXES)}."
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
+        raise CheckpointError(
+            f"{path.name} cannot be read as a state dict with weights_only: {str(error).splitlines()[0]}"
+        ) from error
+    return save_state(_unwrap(loaded, path.name), folder / "checkpoint.safetensors")
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
+    """Write a state dict as safetensors; tensors that share memory are written once each."""
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, path)
+    return path
+
+
+def _unwrap(loaded: Any, name: str) -> dict[str, torch.Tensor]:
+    document = loaded
+    while isinstance(document, dict) and not all(isinstance(value, torch.Tensor) for value in document.values()):
+        inner = next((key for key in _NESTED_KEYS if isinstance(document.get(key), dict)), None)
+        if inner is None:
+            raise CheckpointError(
+                f"{name} holds no state dict: its keys are {shown([str(key) for key in document])}; "
+                "expected tensors by name."
+            )
+        document = document[inner]
+    if not isinstance(document, dict) or not document:
+        raise CheckpointError(f"{name} holds a {type(document).__name__}; expected a state dict, tensors by name.")
+    prefix = "module." if all(key.startswith("module.") for key in document) else ""
+    return {key.removeprefix(prefix): tensor for key, tensor in document.items()}
+
+
+def pretrained_state(library: str, arch: str, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state dict of the library's own pretrained weights."""
+    return zoo.build(library, arch, kwargs, pretrained=True).state_dict()
+
+
+def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Return a state dict as the architecture initialises itself from this seed: for size tables and load tests."""
+    torch.manual_seed(seed)
+    return zoo.build(library, arch, kwargs).state_dict()
+
+
+def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]:
+    """Return the checkpoint's tensors that the network uses, in the network's order.
+
+    Raises:
+        CheckpointError: keys missing or unexpected, shapes that differ; the message lists them.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    missing = [name for name in wanted if name not in reader.tensors and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in reader.tensors if name not in wanted]
+    wrong = [name for name, shape in wanted.items() if name in reader.tensors and reader.tensors[name].shape != shape]
+    if not (missing or unexpected or wrong):
+        return {name: reader.tensors[name] for name in wanted if name in reader.tensors}
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} keys missing ({shown(missing)})")
+    if unexpected:
+        faults.append(f"{len(unexpected)} keys unexpected ({shown(unexpected)})")
+    if wrong:
+        first = wrong[0]
+        faults.append(
+            f"{len(wrong)} shapes differ ({first!r}: {reader.tensors[first].shape} in the checkpoint, "
+            f"{wanted[first]} in the network" + (", ..." if len(wrong) > 1 else "") + ")"
+        )
+    hint = nearest(missing[0], unexpected) if missing and unexpected else ""
+    raise CheckpointError(
+        f"{reader.source.key} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
+    )
+
+
+def load_network(library: str, arch: str, kwargs: dict[str, Any], source: TensorSource) -> nn.Module:
+    """Build the float network and load its weights from a source, tensor by tensor."""
+    network = zoo.build(library, arch, kwargs)
+    reader = TensorReader(source)
+    names = check_fit(network, reader)
+    network.load_state_dict({name: reader.read(name) for name in names}, strict=False)
+    return network

@@ -1,0 +1,43 @@
+"""Errors of the work itself.
+
+Every message is one line: what was seen, what was expected, what to try. WorkError ├── ModelError        the
+architecture cannot be built ├── CheckpointError   the weights do not fit the architecture, or cannot be read ├──
+DataError         images or labels cannot be read └── ArtifactError     a pulled version does not fit together
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class WorkError(Exception):
+    """Root of everything that goes wrong in the work on a model."""
+
+
+class ModelError(WorkError):
+    """The architecture cannot be built."""
+
+
+class CheckpointError(WorkError):
+    """The weights do not fit the architecture, or cannot be read."""
+
+
+class DataError(WorkError):
+    """Images or labels cannot be read."""
+
+
+class ArtifactError(WorkError):
+    """A pulled version does not fit together."""
+
+
+def nearest(word: str, candidates: Iterable[str], *, count: int = 3) -> str:
+    """Return `` Did you mean 'a', 'b'?`` for the candidates that look most like ``word``, or the empty string."""
+    close = difflib.get_close_matches(word, list(candidates), n=count, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+
+
+def shown(names: Sequence[str], *, most: int = 6) -> str:
+    """Return the names as a list for one line of text, the rest counted."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

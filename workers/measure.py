@@ -1,0 +1,104 @@
+"""Accuracy of a published version, measured on what a device gets: shards pulled back from the store."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from storage.device import Device, StoreSource
+from storage.manifest import Record
+from storage.uri import open_store
+from workers import runtime
+from workers.checkpoint import fetch, load_network
+from workers.evaluate import Accuracy, top1
+from workers.images import open_images
+from workers.tensors import TensorSource
+from workers.zoo import Preprocessing
+
+
+class MeasureTask(Record):
+    """Measure one mode of one version.
+
+    ``level`` None measures the float network from its source.     ``cache`` is a device's folder that holds the
+    version already, where the worker can see it; else the worker pulls the version itself.
+    """
+
+    mode: str
+    level: int | None
+    activations: bool
+    library: str
+    arch: str
+    kwargs: dict[str, object]
+    source_store: str | None
+    source_key: str
+    store_uri: str
+    name: str
+    version: int
+    cache: str | None
+    data: str
+    limit: int | None
+    batch_size: int
+    preprocessing: dict[str, object]
+
+
+class Measured(Record):
+    """Right answers of one mode."""
+
+    mode: str
+    level: int | None
+    activations: bool
+    correct: int
+    total: int
+    skipped: tuple[tuple[str, str], ...]
+    resident_bytes: int | None
+    seconds: float
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Return top-1 with its standard error."""
+        return Accuracy(self.correct, self.total)
+
+
+def measure(task: MeasureTask) -> Measured:
+    """Measure one mode.
+
+    Raises:
+        WorkError: the images or the version cannot be read.
+    """
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="nestquant-measure-") as folder:
+        resident: int | None = None
+        if task.level is None:
+            network = load_network(
+                task.library, task.arch, dict(task.kwargs), TensorSource(task.source_store, task.source_key)
+            )
+        else:
+            nested = _nested(task, Path(folder))
+            nested.quantize_activations(enabled=task.activations)
+            resident, network = nested.resident_bytes(), nested.network
+            # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
+            nested.set_residency("expanded")
+        images = open_images(fetch(task.data, Path(folder)))
+        preprocessing = Preprocessing.from_record(dict(task.preprocessing))
+        accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit)
+    return Measured(
+        mode=task.mode,
+        level=task.level,
+        activations=task.activations,
+        correct=accuracy.correct,
+        total=accuracy.total,
+        skipped=tuple(images.skipped),
+        resident_bytes=resident,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _nested(task: MeasureTask, folder: Path) -> runtime.NestedModel:
+    assert task.level is not None
+    if task.cache is not None:
+        device = Device(Path(task.cache))
+    else:
+        device = Device(folder / "cache", StoreSource(open_store(task.store_uri)), unsigned=True)
+        device.pull(task.name, str(task.version), level=task.level)
+    return runtime.load(device.manifest(task.name), device.blob_path, level=task.level)

@@ -1,0 +1,181 @@
+"""One unit of work from tensor to blob: read, quantize, pack, store, and say so in a small record.
+
+Safe to run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from nestquant.packing import pack
+from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.surgery import channel_first
+from storage.errors import AlreadyExists, NotFound
+from storage.manifest import MEDIA_TYPE_BASE, canonical_json, piece_key
+from storage.registry import Registry
+from storage.shard import IntegerTensor, build_shard, save_tensors
+from storage.uri import open_store
+from workers.errors import CheckpointError, WorkError
+from workers.tasks import (
+    BaseRecord,
+    BaseTask,
+    Bundle,
+    GroupRecord,
+    GroupTask,
+    PieceRecord,
+    PieceTask,
+    TaskContext,
+    Unit,
+    UnitRecord,
+    UnitResult,
+)
+from workers.tensors import TensorReader, TensorSource, open_tensors
+
+_RECORD: TypeAdapter[UnitRecord] = TypeAdapter(UnitRecord)
+
+
+def ledger_key(job: str, unit: Unit) -> str:
+    """Return where a finished unit's record stands: ``jobs/<hex>/units/<kind>-<index>.json``."""
+    return f"jobs/{job.removeprefix('sha256:')}/units/{unit.kind}-{unit.index:06d}.json"
+
+
+def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
+    """Do one unit and return its record.
+
+    Idempotent: blobs are named by their digest, the record is created once, and a unit whose record is already there
+    is not done again.
+
+    Raises:
+        WorkError: naming the layer, where its weights cannot be quantized.
+        storage.StorageError: the store refused.
+    """
+    begin = time.perf_counter()
+    registry = _registry(context.store_uri)
+    key = ledger_key(context.job, unit)
+    record = _finished(registry, key)
+    if record is not None:
+        return UnitResult(
+            record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
+        )
+    reader = open_tensors(TensorSource(context.source_store, context.source_key))
+    done = _store_group(registry, reader, unit) if isinstance(unit, GroupTask) else _store_base(registry, reader, unit)
+    # A second run of the same unit by design wrote the same blobs: the first record stands.
+    with contextlib.suppress(AlreadyExists):
+        registry.store.put(key, canonical_json(done.record), mode="create")
+    return UnitResult(
+        record=done.record,
+        seconds=time.perf_counter() - begin,
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        reused=False,
+    )
+
+
+def run_bundle(bundle: Bundle) -> list[UnitResult]:
+    """Do a task's units in order."""
+    return [run_unit(bundle.context, unit) for unit in bundle.units]
+
+
+@dataclass(frozen=True)
+class _Done:
+    record: GroupRecord | BaseRecord
+    bytes_read: int
+    bytes_written: int
+
+
+@functools.lru_cache(maxsize=4)
+def _registry(uri: str) -> Registry:
+    return Registry(open_store(uri))
+
+
+def _finished(registry: Registry, key: str) -> UnitRecord | None:
+    try:
+        data = registry.store.get(key)
+    except NotFound:
+        return None
+    try:
+        record = _RECORD.validate_json(data)
+    except ValidationError as error:
+        raise WorkError(
+            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and this unit is done again."
+        ) from error
+    named = record.levels if isinstance(record, GroupRecord) else (record.descriptor,)
+    return record if all(registry.has_blob(descriptor) for descriptor in named) else None
+
+
+def _store_group(registry: Registry, reader: TensorReader, task: GroupTask) -> _Done:
+    level_count = max(len(piece.bits) for piece in task.pieces)
+    integers: list[dict[str, IntegerTensor]] = [{} for _ in range(level_count)]
+    qparams: dict[str, np.ndarray] = {}
+    records = []
+    bytes_read = 0
+    for piece in task.pieces:
+        weight = read_piece(reader, piece)
+        bytes_read += weight.numel() * weight.element_size()
+        try:
+            quantized = quantize_weight(weight, piece.config)
+        except ValueError as error:
+            raise WorkError(f"Layer {piece.layer!r}, output channels {piece.start}:{piece.stop}: {error}") from error
+        for level, (part, bits) in enumerate(zip(quantized.parts, piece.config.level_bits, strict=True)):
+            values = part.numpy()
+            key = piece_key(piece.layer, piece.start, piece.stop, level)
+            integers[level][key] = IntegerTensor(values, pack(values, bits), bits, values.shape)
+        prefix = f"{piece.layer}[{piece.start}:{piece.stop}]"
+        qparams[f"{prefix}/scale"] = quantized.qparams.scale.numpy()
+        qparams[f"{prefix}/zero_point"] = quantized.qparams.zero_point.numpy().astype(np.int16)
+        records.append(_losses(piece, weight, quantized))
+    descriptors = tuple(
+        registry.put_shard(build_shard(integers[level], qparams if level == 0 else {})) for level in range(level_count)
+    )
+    record = GroupRecord(index=task.index, levels=descriptors, pieces=tuple(records))
+    return _Done(record, bytes_read, sum(descriptor.size_bytes for descriptor in descriptors))
+
+
+def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Done:
+    tensors = {name: reader.read(name) for name in task.parameters}
+    data = save_tensors({name: _as_numpy(tensor) for name, tensor in tensors.items()}, {})
+    descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
+    read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return _Done(BaseRecord(index=task.index, descriptor=descriptor), read, descriptor.size_bytes)
+
+
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Numpy knows no bfloat16; float32 holds every bfloat16 exactly."""
+    return (tensor.to(torch.float32) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def read_piece(reader: TensorReader, piece: PieceTask) -> torch.Tensor:
+    """Return a piece's float32 weight, output channels first: shape (stop - start, in channels per group, *kernel).
+
+    Raises:
+        CheckpointError: the checkpoint's tensor has another shape than the plan's.
+
+    """
+    seen = reader.tensors[piece.parameter].shape
+    if seen != piece.shape:
+        raise CheckpointError(
+            f"Layer {piece.layer!r}: {piece.parameter!r} has shape {seen} in the checkpoint; "
+            f"the network has {piece.shape}."
+        )
+    if piece.kind == "conv_transpose2d":
+        whole = channel_first(reader.read(piece.parameter), piece.kind, piece.groups)
+        return whole[piece.start : piece.stop].to(torch.float32).contiguous()
+    return reader.read_rows(piece.parameter, piece.start, piece.stop).to(torch.float32)
+
+
+def _losses(piece: PieceTask, weight: torch.Tensor, quantized: QuantizedWeight) -> PieceRecord:
+    """Sums of squares in float64: they depend on the piece alone, not on who computes it."""
+    noise = tuple(
+        float(quantized.dequantize(level).sub_(weight).double().square().sum())
+        for level in range(quantized.config.level_count)
+    )
+    return PieceRecord(
+        layer=piece.layer, start=piece.start, stop=piece.stop, signal=float(weight.double().square().sum()), noise=noise
+    )

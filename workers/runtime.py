@@ -1,0 +1,212 @@
+"""A network that runs from a pulled version: built by name, its weights taken from shards, part-bit or full-bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from nestquant.affine import QParams
+from nestquant.config import NestConfig
+from nestquant.modules import NestedLayer, from_packed, resident_bytes, set_residency
+from nestquant.nested_weight import Residency
+from nestquant.observers import ActivationQParams
+from nestquant.packing import pack, unpack
+from nestquant.surgery import channel_first_shape, replace
+from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
+from storage.shard import Int8Array, Shard, UInt8Array, load_tensors, read_shard
+from workers import zoo
+from workers.errors import ArtifactError, shown
+
+BlobPath = Callable[[Descriptor], Path]
+
+
+@dataclass
+class NestedModel:
+    """A network and where its shards lie.
+
+    ``upgrade`` and ``downgrade`` page levels in and out, one shard decoded at a time.
+    """
+
+    network: nn.Module
+    manifest: Manifest
+    blob_path: BlobPath
+    level: int = 0
+
+    def layers(self) -> Iterator[tuple[LayerRecord, NestedLayer]]:
+        """Yield each quantized layer's record and its module, in execution order."""
+        for record in self.manifest.layers:
+            module = self.network.get_submodule(record.name)
+            if not isinstance(module, NestedLayer):
+                raise ArtifactError(
+                    f"Layer {record.name!r} of the network is {type(module).__name__}; expected a nested layer."
+                )
+            yield record, module
+
+    def upgrade(self, level: int | None = None) -> None:
+        """Page in the low shards up to ``level`` (default: all).
+
+        Where one does not fit, the network is back where it was.
+
+        Raises:
+                    ArtifactError: a shard lacks a layer, or its integers do not belong to the levels below.
+                    storage.StorageError: a shard is not here, or is not one.
+        """
+        before = self.level
+        try:
+            for step in range(before + 1, (self.manifest.level_count() if level is None else level + 1)):
+                for record, packed in _packed_level(self.manifest, self.blob_path, step):
+                    self._nested(record).page_in(packed)
+                self.level = step
+        except ValueError as error:
+            self.level = self.manifest.level_count() - 1
+            self.downgrade(before)
+            raise ArtifactError(
+                f"{self.manifest.name} version {self.manifest.version}: a low shard does not fit: {error}"
+            ) from error
+
+    def downgrade(self, level: int = 0) -> None:
+        """Page out the low shards above ``level``; their memory is free afterwards."""
+        for record, module in self.layers():
+            while module.nested.level_count - 1 > min(level, len(record.bits) - 1):
+                module.page_out()
+        self.level = min(self.level, level)
+
+    def to_level(self, level: int) -> None:
+        """Page in or out until the network runs at ``level``."""
+        if level > self.level:
+            self.upgrade(level)
+        else:
+            self.downgrade(level)
+
+    def resident_bytes(self) -> int:
+        """Return the bytes of every parameter and buffer that the network holds now."""
+        return resident_bytes(self.network)
+
+    def set_residency(self, residency: Residency) -> None:
+        """Keep weights packed (least memory), or expanded beside them (fast)."""
+        set_residency(self.network, residency)
+
+    def quantize_activations(self, *, enabled: bool) -> None:
+        """Quantize layer inputs by the manifest's ranges, or run with float activations."""
+        for record, module in self.layers():
+            module.activation = (
+                activation_qparams(record.activation) if enabled and record.activation is not None else None
+            )
+
+    def _nested(self, record: LayerRecord) -> NestedLayer:
+        module = self.network.get_submodule(record.name)
+        assert isinstance(module, NestedLayer)
+        return module
+
+
+def activation_qparams(record: ActivationRange) -> ActivationQParams:
+    """Return the method's view of a range that the manifest keeps."""
+    return ActivationQParams(low=record.low, high=record.high, bits=record.bits, signed=record.signed)
+
+
+def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: Residency = "packed") -> NestedModel:
+    """Build the network of a version and page in its shards up to ``level``.
+
+    Args:
+        manifest: the version, as resolved and trusted by the caller.
+        blob_path: gives the local file of a verified blob.
+        level: 0 runs part-bit; ``manifest.level_count() - 1`` runs full-bit.
+        residency: ``packed`` keeps packed integers and unpacks on each use; ``expanded`` keeps weights ready.
+
+    Raises:
+        ArtifactError: a tensor is missing, too many, or has the wrong length.
+        storage.StorageError: a shard is not here, or is not one.
+    """
+    network = zoo.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
+    _load_base(network, manifest, blob_path)
+    qparams: dict[str, QParams] = {}
+    for record, packed in _packed_level(manifest, blob_path, 0, qparams):
+        module = network.get_submodule(record.name)
+        try:
+            nested = from_packed(
+                module, qparams=qparams.pop(record.name), bits=record.bits, parts=[packed], residency=residency
+            )
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(
+                f"{manifest.name} version {manifest.version}: layer {record.name!r}: {error}"
+            ) from error
+        replace(network, record.name, nested)
+    model = NestedModel(network.eval(), manifest, blob_path)
+    model.upgrade(level)
+    return model
+
+
+def _load_base(network: nn.Module, manifest: Manifest, blob_path: BlobPath) -> None:
+    state: dict[str, torch.Tensor] = {}
+    for descriptor in manifest.base:
+        tensors, _ = load_tensors(blob_path(descriptor))
+        state |= {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{manifest.name} version {manifest.version}: the base does not fit {manifest.model.arch}: {error}"
+        ) from error
+    quantized = {record.parameter for record in manifest.layers}
+    lost = sorted(name for name in set(missing) - quantized if not name.endswith("num_batches_tracked"))
+    if lost or unexpected:
+        raise ArtifactError(
+            f"{manifest.name} version {manifest.version}: the base blobs do not fit {manifest.model.arch}: "
+            f"{len(lost)} parameters missing ({shown(lost)}), {len(unexpected)} unexpected ({shown(unexpected)})."
+        )
+
+
+def _packed_level(
+    manifest: Manifest, blob_path: BlobPath, level: int, qparams: dict[str, QParams] | None = None
+) -> Iterator[tuple[LayerRecord, UInt8Array]]:
+    """Yield every layer that has this level with its packed integers; shards are opened one after the other, in
+    order.
+
+    With level 0 comes each layer's ``qparams``, set before the layer is yielded.
+    """
+    shards = _ShardCursor(manifest, blob_path, level)
+    for record in manifest.layers:
+        if level >= len(record.bits):
+            continue
+        bits = NestConfig(bits=record.bits).level_bits[level]
+        row_shape = channel_first_shape(record.shape, record.kind, record.groups)[1:]
+        rows: list[Int8Array] = []
+        scales, zero_points = [], []
+        for piece in record.pieces:
+            shard = shards.at(piece.group)
+            shape = (piece.stop - piece.start, *row_shape)
+            payload = shard.payload(piece_key(record.name, piece.start, piece.stop, level), count=math.prod(shape))
+            # The codec says what a payload is: integers already, or packed ones.
+            rows.append(
+                payload.view(np.int8).reshape(shape)
+                if shard.codec == "zstd"
+                else unpack(payload.view(np.uint8), bits, shape)
+            )
+            if qparams is not None:
+                prefix = f"{record.name}[{piece.start}:{piece.stop}]"
+                scales.append(torch.from_numpy(shard.tensor(f"{prefix}/scale")))
+                zero_points.append(torch.from_numpy(shard.tensor(f"{prefix}/zero_point")).to(torch.int32))
+        if qparams is not None:
+            qparams[record.name] = QParams(torch.cat(scales), torch.cat(zero_points))
+        yield record, pack(rows[0] if len(rows) == 1 else np.concatenate(rows), bits)
+
+
+class _ShardCursor:
+    """Holds the one shard that is being read: layers stand in execution order, and so do their pieces."""
+
+    def __init__(self, manifest: Manifest, blob_path: BlobPath, level: int) -> None:
+        self.manifest, self.blob_path, self.level = manifest, blob_path, level
+        self.group = -1
+        self.shard: Shard | None = None
+
+    def at(self, group: int) -> Shard:
+        if self.shard is None or group != self.group:
+            self.shard = read_shard(self.blob_path(self.manifest.groups[group].levels[self.level]))
+            self.group = group
+        return self.shard

@@ -1,0 +1,128 @@
+"""What travels between the driver and the workers: names, digests and small numbers, never tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nestquant.config import NestConfig
+from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
+
+
+class PieceTask(Record):
+    """Quantize output channels ``start:stop`` of one layer.
+
+    ``shape`` is that of the whole float weight in the checkpoint.
+    """
+
+    layer: str
+    kind: LayerKind
+    parameter: str
+    shape: tuple[int, ...]
+    groups: int
+    start: int
+    stop: int
+    bits: tuple[int, ...]
+    scheme: Scheme
+    rounding: Literal["adaptive", "nearest"]
+
+    @property
+    def config(self) -> NestConfig:
+        """Return what the method needs to know."""
+        return NestConfig(bits=self.bits, scheme=self.scheme, rounding=self.rounding)
+
+    @property
+    def out_channels(self) -> int:
+        """Return the whole layer's number of output channels."""
+        return self.shape[1] * self.groups if self.kind == "conv_transpose2d" else self.shape[0]
+
+    @property
+    def weights(self) -> int:
+        """Return the number of weights in this piece."""
+        total = 1
+        for extent in self.shape:
+            total *= extent
+        return total // self.out_channels * (self.stop - self.start)
+
+
+class GroupTask(Record):
+    """Quantize and store one shard group: consecutive pieces in execution order, one shard for each level."""
+
+    kind: Literal["group"] = "group"
+    index: int
+    pieces: tuple[PieceTask, ...]
+
+
+class BaseTask(Record):
+    """Store parameters that stay float, as they are in the checkpoint, in one blob."""
+
+    kind: Literal["base"] = "base"
+    index: int
+    parameters: tuple[str, ...]
+
+
+Unit = Annotated[GroupTask | BaseTask, Field(discriminator="kind")]
+
+
+class TaskContext(Record):
+    """Where a task reads and writes: the same for every task of a job."""
+
+    store_uri: str
+    source_store: str | None
+    source_key: str
+    job: str
+
+
+class Bundle(Record):
+    """What one task does: some units, one after the other."""
+
+    context: TaskContext
+    units: tuple[Unit, ...]
+
+
+class PieceRecord(Record):
+    """What quantizing one piece did.
+
+    ``signal`` and ``noise[k]`` are sums of squares, so that pieces add up to a layer's signal-to-noise ratio.
+    ``noise[0]`` is that of the part-bit weights, ``noise[-1]`` that of the full-bit ones.
+    """
+
+    layer: str
+    start: int
+    stop: int
+    signal: float
+    noise: tuple[float, ...]
+
+
+class GroupRecord(Record):
+    """One shard group, stored: its shards by level and what was lost in it."""
+
+    kind: Literal["group"] = "group"
+    index: int
+    levels: tuple[ShardDescriptor, ...]
+    pieces: tuple[PieceRecord, ...]
+
+
+class BaseRecord(Record):
+    """One base blob, stored."""
+
+    kind: Literal["base"] = "base"
+    index: int
+    descriptor: Descriptor
+
+
+UnitRecord = Annotated[GroupRecord | BaseRecord, Field(discriminator="kind")]
+
+
+class UnitResult(Record):
+    """A unit's record and what it cost.
+
+    ``reused`` is true where an earlier run of the same job had finished it.
+    """
+
+    record: UnitRecord
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    reused: bool
