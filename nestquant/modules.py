@@ -135,7 +135,7 @@ def from_packed(
     if kind is None or weight is None:
         raise TypeError(f"{type(module).__name__} has no weight parameter that can be nested")
     assert weight is not None
-    cls = _nested_class(type(module))
+    cls = _nested_class(type(module))  # type: ignore[arg-type]  # mypy looks at the hash of instances
     layer = cls.__new__(cls)
     layer.__dict__.update(
         {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in vars(module).items()}

@@ -103,7 +103,8 @@ class Histogram:
         flat = tensor.to("cpu", torch.float32).reshape(-1).numpy()
         if not flat.size:
             return cls.empty()
-        low, high = min(float(flat.min()), 0.0), max(float(flat.max()), 0.0)
+        # Plus zero: a negative zero would make the state depend on the order.
+        low, high = min(float(flat.min()), 0.0) + 0.0, max(float(flat.max()), 0.0) + 0.0
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("activations hold NaN or infinity")
         exponent = _exponent(max(-low, high))
