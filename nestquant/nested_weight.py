@@ -196,10 +196,13 @@ class NestedWeight(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NestedWeight:
         scale = self.scale
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
-            self.dtype = self.scale.dtype
             self.scale = scale.to(self.scale.device)
+        if dtype != self.dtype:
+            self.dtype = dtype
+            self._refresh()
         return self
 
 

@@ -167,7 +167,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
     Raises KeyError if there is none, ValueError for the root, which has no place to be put.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:
         raise KeyError(f"the model has no module {name!r}")
     if not name:

@@ -54,26 +54,18 @@ def _with_weights(model: nn.Module, weights: dict[str, QuantizedWeight], level: 
     return result
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
-
-
-def _assert_runs_at_every_level(model: nn.Module, *inputs: Tensor, config: NestConfig) -> None:
+def _assert_runs_at_every_level(model: nn.Module, *inputs: Tensor, config: NestConfig, tolerance: float = 0.0) -> None:
     weights = _quantize(model, config)
     nested = copy.deepcopy(model).eval()
     nest_model(nested, weights)
     with torch.no_grad():
         for level in reversed(range(config.level_count)):
             expected = _with_weights(model, weights, level).eval()(*inputs)
-            assert not _same(expected, model.eval()(*inputs))
+            assert not torch.equal(expected, model.eval()(*inputs))
             set_residency(nested, "packed")
-            assert _same(nested(*inputs), expected)
+            torch.testing.assert_close(nested(*inputs), expected, rtol=0, atol=tolerance)
             set_residency(nested, "expanded")
-            assert _same(nested(*inputs), expected)
+            torch.testing.assert_close(nested(*inputs), expected, rtol=0, atol=tolerance)
             if level:
                 page_out(nested)
 
@@ -113,7 +105,9 @@ def test_multihead_attention_runs_at_every_level(fast: bool) -> None:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
     try:
-        _assert_runs_at_every_level(model, torch.randn(2, 5, 8), config=NestConfig(BITS))
+        # Off the fast path torch itself differs in the last bit between a Parameter and a tensor of the same values.
+        tolerance = 0.0 if fast else 1e-6
+        _assert_runs_at_every_level(model, torch.randn(2, 5, 8), config=NestConfig(BITS), tolerance=tolerance)
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
     nested = copy.deepcopy(model)
@@ -132,9 +126,8 @@ def test_multihead_attention_runs_at_every_level(fast: bool) -> None:
         ("test_byobnet", 64, {}),
         # Dynamic "same" padding (Conv2dSame) on an odd size.
         ("tf_mobilenetv3_small_minimal_100", 61, {}),
-        # Weight standardisation in forward: ScaledStdConv2d, ScaledStdConv2dSame and StdConv2d.
+        # Weight standardisation in forward (ScaledStdConv2d).
         ("test_nfnet", 64, {}),
-        ("resnetv2_50x1_bit", 64, {"layers": (1, 1, 1, 1)}),
         # F.linear(x, self.qkv.weight) and F.conv2d(x, self.qkv_proj.weight[...]): the weight is used without a call.
         ("beit_base_patch16_224", 32, {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}),
         ("mobilevitv2_050", 64, {}),
@@ -152,6 +145,24 @@ def test_timm_models_run_at_every_level(arch: str, size: int, settings: dict[str
     _assert_runs_at_every_level(model, torch.randn(2, 3, size, size), config=NestConfig((8, 4)))
 
 
+@pytest.mark.parametrize(
+    "layer_type",
+    [
+        timm.layers.Conv2dSame,
+        timm.layers.StdConv2d,
+        timm.layers.StdConv2dSame,
+        timm.layers.ScaledStdConv2d,
+        timm.layers.ScaledStdConv2dSame,
+    ],
+)
+def test_timm_convolutions_keep_their_own_forward(layer_type: type[nn.Conv2d]) -> None:
+    layer = layer_type(6, 8, 3, stride=2, groups=2)
+    _assert_runs_at_every_level(nn.Sequential(layer), torch.randn(2, 6, 10, 9), config=NestConfig(BITS))
+    nested = from_float(layer, quantize_weight(layer.weight, NestConfig(BITS)))
+    assert isinstance(nested, layer_type)
+    assert isinstance(nested, NestedConv2d)
+
+
 def test_pytorchcv_subclasses_run_at_every_level_or_stay_float() -> None:
     from pytorchcv.models.octresnet import OctConv
     from pytorchcv.models.wrn1bit_cifar import Conv2d1bit
@@ -165,7 +176,7 @@ def test_pytorchcv_subclasses_run_at_every_level_or_stay_float() -> None:
     assert isinstance(nested, NestedConv2d)
     with torch.no_grad():
         octave.weight.copy_(weight.dequantize())
-        assert _same(nested(high, low), octave(high, low))
+        torch.testing.assert_close(nested(high, low), octave(high, low), rtol=0, atol=0)
 
     with torch.no_grad():
         masked = XConv2d(8, 4, 3)
