@@ -1,4 +1,6 @@
-"""The one contract that all stores keep: named, immutable-looking byte strings with create-only and compare-and-swap writes.
+"""The one contract that all stores keep.
+
+Named, immutable-looking byte strings with create-only and compare-and-swap writes.
 
 What a caller may rely on, whatever the store:
 
@@ -33,7 +35,10 @@ _DEVICE_NAMES = {"con", "prn", "aux", "nul"} | {f"{name}{i}" for name in ("com",
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a store says about an object: key, length in bytes, ETag (opaque, without quotes), time of the last write by the store's clock."""
+    """What a store says about an object.
+
+    Key, length in bytes, ETag (opaque, without quotes), time of the last write by the store's clock.
+    """
 
     key: str
     size_bytes: int
@@ -42,12 +47,15 @@ class ObjectInfo:
 
 
 def check_key(key: str) -> str:
-    """Return ``key``, or raise `BadKey`: relative, ``/``-separated segments of lower-case ASCII, no ``..``, no device names."""
+    """Return ``key``, or raise `BadKey`.
+
+    Relative, ``/``-separated segments of lower-case ASCII, no ``..``, no device names.
+    """
     segments = key.split("/")
     for segment in segments:
         if not _SEGMENT.fullmatch(segment):
             raise BadKey(
-                f"key {key!r}: segment {segment!r} is not lower-case letters, digits and '._=+-', beginning with a letter or digit",
+                f"key {key!r}: segment {segment!r} must be of a-z 0-9 . _ = + -, a letter or digit first",
                 key=key,
             )
         if segment.partition(".")[0] in _DEVICE_NAMES:
@@ -77,7 +85,9 @@ def check_limit(key: str, size_bytes: int, max_bytes: int | None) -> None:
 
 
 class BlobStore(ABC):
-    """A flat space of keys. Every method may raise `AccessDenied` or `StoreUnavailable`; keys are checked by `check_key`.
+    """A flat space of keys.
+
+    Every method may raise `AccessDenied` or `StoreUnavailable`; keys are checked by `check_key`.
 
     Stores are safe to share between threads. Between processes, hand over the ``uri`` and open it again.
     """
@@ -94,7 +104,10 @@ class BlobStore(ABC):
 
     @abstractmethod
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Return bytes ``start`` to ``start + length``, fewer at the end of the object, none beyond it. Raises `NotFound`."""
+        """Return bytes ``start`` to ``start + length``, fewer at the end of the object, none beyond it.
+
+        Raises `NotFound`.
+        """
 
     @abstractmethod
     def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
@@ -106,7 +119,10 @@ class BlobStore(ABC):
 
     @abstractmethod
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
-        """Write a whole object. ``create`` raises `AlreadyExists` (or `WriteConflict`) where the key is taken. Raises `NoSpace`."""
+        """Write a whole object. ``create`` raises `AlreadyExists` (or `WriteConflict`) where the key is taken.
+
+        Raises `NoSpace`.
+        """
 
     @abstractmethod
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
@@ -122,7 +138,10 @@ class BlobStore(ABC):
 
     @abstractmethod
     def folders(self, prefix: str = "") -> Iterator[str]:
-        """Yield, in order, the distinct next segments below ``prefix``, which is empty or ends with ``/``: the folders, not the objects."""
+        """Yield, in order, the distinct next segments below ``prefix``, which is empty or ends with ``/``.
+
+        The folders, not the objects.
+        """
 
     def exists(self, key: str) -> bool:
         """Tell whether there is an object under ``key``."""

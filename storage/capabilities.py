@@ -1,4 +1,4 @@
-"""Does this store keep its preconditions? Asked by racing writers, because a vendor's name or a single request does not tell.
+"""Does this store keep its preconditions? Racing writers ask, since neither a vendor's name nor one request tells.
 
 Several servers answer ``200`` to a condition that they ignore; others check it and then let every one of many
 simultaneous writers win.
@@ -22,7 +22,10 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """Outcome of ``rounds`` races of ``writers`` on one key: ``holds`` where each had one winner, whose bytes are what is read back."""
+    """Outcome of ``rounds`` races of ``writers`` on one key.
+
+    ``holds`` where each had one winner, whose bytes are what is read back.
+    """
 
     holds: bool
     writers: int
@@ -52,7 +55,10 @@ def race_create(store: BlobStore, *, writers: int = _WRITERS, rounds: int = _ROU
 
 
 def race_swap(store: BlobStore, *, writers: int = _WRITERS, rounds: int = _ROUNDS) -> Race:
-    """Let ``writers`` replace one object by its ETag at once: exactly one may win, and a later one with the old ETag must fail too."""
+    """Let ``writers`` replace one object by its ETag at once.
+
+    Exactly one may win, and a later one with the old ETag must fail too.
+    """
 
     def prepare(key: str) -> Callable[[bytes], object]:
         etag = store.put(key, b"before", mode="overwrite").etag
@@ -111,6 +117,10 @@ def _one_round(
         return f"writer {winners[0]} won, but the bytes of {kept.decode(errors='replace')!r} are there"
     if not winners and kept == b"before":
         return "every writer was refused, the one entitled included"
+    return _late_write(write, late)
+
+
+def _late_write(write: Callable[[bytes], object], late: type[Exception]) -> str:
     try:
         write(b"late")
     except late:

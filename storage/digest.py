@@ -1,4 +1,7 @@
-"""SHA-256 of our own over every blob and manifest: what a store or a network says about its bytes is never taken on trust."""
+"""SHA-256 of our own over every blob and manifest.
+
+What a store or a network says about its bytes is never taken on trust.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
     └── UnsafeStore          the store has no working put-if-absent, so two publishers could overwrite each other
 """
 
+# ruff: noqa: N818 - the names say what happened, as the built-in ones of this kind do
 from __future__ import annotations
 
 
@@ -75,7 +76,7 @@ class Corrupt(StorageError):
 
     def __init__(self, key: str, *, expected: str, seen: str) -> None:
         super().__init__(
-            f"{key}: expected {expected}, seen {seen}; fetch it again, and run 'nestquant fsck' on the store if it stays so",
+            f"{key}: expected {expected}, seen {seen}; fetch it again, and if it stays so, run 'nestquant fsck'",
             key=key,
         )
         self.expected = expected

@@ -25,9 +25,7 @@ def blob_key(digest: str) -> str:
 def model_prefix(name: str) -> str:
     """Return the prefix of all that belongs to a model's name."""
     if not _NAME.fullmatch(name):
-        raise BadKey(
-            f"model name {name!r}: expected 1 to 128 of a-z 0-9 . _ -, beginning and ending with a letter or digit"
-        )
+        raise BadKey(f"model name {name!r}: expected 1 to 128 of a-z 0-9 . _ -, a letter or digit at both ends")
     return f"models/{name}/"
 
 
@@ -57,9 +55,7 @@ def manifest_version(key: str) -> int | None:
 def report_key(name: str, version: int, report: str) -> str:
     """Return the key of a report beside a version's manifest: measurements, never part of the version."""
     if not _REPORT.fullmatch(report):
-        raise BadKey(
-            f"report name {report!r}: expected 1 to 64 of a-z 0-9 _ -, beginning and ending with a letter or digit"
-        )
+        raise BadKey(f"report name {report!r}: expected 1 to 64 of a-z 0-9 _ -, a letter or digit at both ends")
     return f"{manifest_key(name, version).removesuffix('.json')}.{report}.json"
 
 
@@ -67,7 +63,7 @@ def check_tag(tag: str) -> str:
     """Return the tag, or raise `BadKey`: named like a model, and never all digits, which would read as a version."""
     if not _NAME.fullmatch(tag) or tag.isdigit():
         raise BadKey(
-            f"tag {tag!r}: expected 1 to 128 of a-z 0-9 . _ -, beginning and ending with a letter or digit, not digits alone"
+            f"tag {tag!r}: expected 1 to 128 of a-z 0-9 . _ -, a letter or digit at both ends, not digits alone"
         )
     return tag
 

@@ -45,7 +45,10 @@ class LocalStore(BlobStore):
         self.sweep(older_than_s=_LEFTOVER_AGE_S)
 
     def sweep(self, *, older_than_s: float) -> int:
-        """Remove temporary files that a killed writer left, and return their number; younger ones may belong to a writer at work."""
+        """Remove temporary files that a killed writer left, and return their number.
+
+        Younger ones may belong to a writer at work.
+        """
         removed = 0
         try:
             leftovers = tuple(os.scandir(self._temporary))

@@ -61,7 +61,10 @@ class ShardDescriptor(Descriptor):
 
 
 class ShardGroup(Record):
-    """Consecutive pieces of layers that travel together: ``levels[0]`` is their high shard, ``levels[k]`` their k-th low shard."""
+    """Consecutive pieces of layers that travel together.
+
+    ``levels[0]`` is their high shard, ``levels[k]`` their k-th low shard.
+    """
 
     levels: tuple[ShardDescriptor, ...] = Field(min_length=1)
 
@@ -75,7 +78,10 @@ class Piece(Record):
 
 
 class ActivationRange(Record):
-    """Range ``[low, high]`` of a layer's input, quantized per tensor to ``bits`` bits; how it was found and on how many samples."""
+    """Range ``[low, high]`` of a layer's input, quantized per tensor to ``bits`` bits.
+
+    How it was found and on how many samples.
+    """
 
     bits: int = Field(ge=2, le=8)
     low: float
@@ -85,7 +91,9 @@ class ActivationRange(Record):
 
 
 class LayerRecord(Record):
-    """One quantized layer. ``shape`` is that of the float weight in the state dict; axis 0 of the stored integers is the output channel.
+    """One quantized layer.
+
+    ``shape`` is that of the float weight in the state dict; axis 0 of the stored integers is the output channel.
 
     A layer's integers at level ``k`` are stored piece by piece under the key ``piece_key(name, start, stop, k)`` of the
     piece's shard.
@@ -102,7 +110,10 @@ class LayerRecord(Record):
     activation: ActivationRange | None = None
 
     def out_channels(self) -> int:
-        """Return the number of output channels: ``shape[0]``, but ``shape[1] * groups`` for a transposed convolution."""
+        """Return the number of output channels.
+
+        ``shape[0]``, but ``shape[1] * groups`` for a transposed convolution.
+        """
         return self.shape[1] * self.groups if self.kind == "conv_transpose2d" else self.shape[0]
 
     @model_validator(mode="after")
@@ -161,7 +172,10 @@ class SizeRecord(Record):
 
 
 class Manifest(Record):
-    """Everything a version consists of. ``version`` is part of the signed bytes, so that a manifest cannot be served under another number."""
+    """Everything a version consists of.
+
+    ``version`` is part of the signed bytes, so that a manifest cannot be served under another number.
+    """
 
     schema_version: Literal[1] = 1
     name: ModelName
@@ -200,7 +214,7 @@ class Manifest(Record):
             for level, shard in enumerate(group.levels):
                 if shard.decoded_bytes != weights[index]:
                     raise ValueError(
-                        f"group {index} level {level}: decoded_bytes {shard.decoded_bytes}, its layers have {weights[index]} weights"
+                        f"group {index} level {level}: decoded_bytes {shard.decoded_bytes}, its layers {weights[index]}"
                     )
         return self
 
@@ -231,7 +245,9 @@ def canonical_json(document: BaseModel | dict[str, Any]) -> bytes:
 
 
 def parse_manifest(raw: bytes, *, name: str, version: int) -> Manifest:
-    """Return the manifest that ``raw`` holds, or raise `InvalidManifest`: nothing of a manifest is used before this has passed.
+    """Return the manifest that ``raw`` holds, or raise `InvalidManifest`.
+
+    Nothing of a manifest is used before this has passed.
 
     It must be canonical JSON of the schema, and carry the name and number it was asked for under.
     """

@@ -53,7 +53,10 @@ _CHECK_THREADS = 8
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A version in the store. ``created`` is False where the newest version already held this content before anything was written."""
+    """A version in the store.
+
+    ``created`` is False where the newest version already held this content before anything was written.
+    """
 
     name: str
     version: int
@@ -63,7 +66,10 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A version as found: the manifest, its number and digest, and ``raw``, the very bytes that the digest (and a signature) is over."""
+    """A version as found.
+
+    The manifest, its number and digest, and ``raw``, the very bytes that the digest (and a signature) is over.
+    """
 
     manifest: Manifest
     version: int
@@ -80,7 +86,10 @@ class TagRecord(Record):
 
 
 class Tombstone(Record):
-    """Stands under the number of a deleted version, so that the number is never given out again. ``digest`` is that of the manifest that was there."""
+    """Stands under the number of a deleted version, so that the number is never given out again.
+
+    ``digest`` is that of the manifest that was there.
+    """
 
     tombstone: Literal[True] = True
     name: ModelName
@@ -118,7 +127,10 @@ class Registry:
         return ShardDescriptor(**blob.model_dump(), codec=shard.codec, decoded_bytes=shard.decoded_bytes)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Tell whether the blob is there and may be relied upon: with its size (else an upload broke), and not condemned by gc."""
+        """Tell whether the blob is there and may be relied upon.
+
+        With its size (else an upload broke), and not condemned by gc.
+        """
         key = layout.blob_key(descriptor.digest)
         try:
             found = self.store.head(key)
@@ -141,8 +153,9 @@ class Registry:
     # versions
 
     def publish(self, draft: Manifest, *, single_writer: bool = False) -> Published:
-        """Publish ``draft`` under the next number (its own ``version`` is ignored), or find that the newest version is the same already.
+        """Publish ``draft`` under the next number, or find that the newest version is the same already.
 
+        The draft's own ``version`` is ignored.
         Blobs are checked first: every one named must be there with its size. Then the manifest is put if absent; a
         refusal or a lost answer is resolved by reading back. Raises `NotFound` or `Corrupt` for a blob, `UnsafeStore`
         where the store has no put-if-absent and ``single_writer`` was not said; said on such a store, it is recorded in
@@ -167,7 +180,10 @@ class Registry:
                 return published
 
     def check_blobs(self, descriptors: Iterable[Descriptor]) -> None:
-        """Raise `NotFound` or `Corrupt` unless every blob is there with its size; `Registry.get_blob` checks the bytes."""
+        """Raise `NotFound` or `Corrupt` unless every blob is there with its size.
+
+        `Registry.get_blob` checks the bytes.
+        """
 
         def check(descriptor: Descriptor) -> None:
             key = layout.blob_key(descriptor.digest)
@@ -200,7 +216,10 @@ class Registry:
         raise AssertionError("unreachable")
 
     def newest_version(self, name: str) -> int:
-        """Return the highest number given out so far, deleted versions included; 0 where there is none. Needs no LIST."""
+        """Return the highest number given out so far, deleted versions included; 0 where there is none.
+
+        Needs no LIST.
+        """
 
         def there(version: int) -> bool:
             return version <= layout.MAX_VERSION and self.store.exists(layout.manifest_key(name, version))
@@ -232,7 +251,10 @@ class Registry:
         return Published(draft.name, version, digest_bytes(raw), created=False)
 
     def resolve(self, name: str, ref: str | int = "latest") -> Resolved:
-        """Return the version that a tag, a number or a manifest's digest names. Raises `NotFound`, `VersionDeleted`, `InvalidManifest`, `Corrupt`."""
+        """Return the version that a tag, a number or a manifest's digest names.
+
+        Raises `NotFound`, `VersionDeleted`, `InvalidManifest`, `Corrupt`.
+        """
         layout.model_prefix(name)
         text = str(ref)
         if text.startswith("sha256:"):
@@ -287,7 +309,10 @@ class Registry:
     # tags and reports
 
     def tag(self, name: str, tag: str, version: int) -> None:
-        """Point ``tag`` at a version that is there. The last writer wins: a tag is a convenience, the numbered manifest is the truth."""
+        """Point ``tag`` at a version that is there.
+
+        The last writer wins: a tag is a convenience, the numbered manifest is the truth.
+        """
         digest = self._read_version(name, version).digest
         record = TagRecord(name=name, version=version, digest=digest)
         self.store.put(layout.tag_key(name, tag), canonical_json(record), mode="overwrite")

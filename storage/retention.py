@@ -27,7 +27,10 @@ _FSCK_THREADS = 4
 
 @dataclass(frozen=True, slots=True)
 class GcReport:
-    """What a run of `gc` found. With ``dry_run`` nothing was written or removed, and ``removed`` is what a real run would remove now."""
+    """What a run of `gc` found.
+
+    With ``dry_run`` nothing was written or removed, and ``removed`` is what a real run would remove now.
+    """
 
     dry_run: bool
     versions: int
@@ -59,7 +62,9 @@ class FsckReport:
 
 
 def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> GcReport:
-    """Remove blobs that no version names and that an earlier run condemned at least ``grace_s`` ago; condemn the others.
+    """Remove blobs that no version names and that an earlier run condemned at least ``grace_s`` ago.
+
+    Condemn the others.
 
     ``grace_s=0`` does both at once: only for a store that nobody publishes to meanwhile. Every manifest is read; one
     that cannot be trusted stops the run.
@@ -133,7 +138,9 @@ def _resolved(registry: Registry, name: str) -> Iterator[Resolved]:
 
 
 def delete_version(store: BlobStore, name: str, version: int) -> DeletedVersion:
-    """Replace a version's manifest by a tombstone: its number stays taken, its blobs go with the next runs of `gc`, its reports go now.
+    """Replace a version's manifest by a tombstone.
+
+    Its number stays taken, its blobs go with the next runs of `gc`, its reports go now.
 
     Raises `NotFound`, `VersionDeleted`. Tags are left: one that points at it resolves to `VersionDeleted` until it is
     set anew.
@@ -151,7 +158,10 @@ def delete_version(store: BlobStore, name: str, version: int) -> DeletedVersion:
 
 
 def fsck(store: BlobStore, name: str | None = None) -> FsckReport:
-    """Read every blob that a version names (of ``name``, or of all) from the first to the last byte, and every manifest, tag and tombstone."""
+    """Read every manifest and tag, and every blob that a version names from the first byte to the last.
+
+    Of the model ``name``, or of all. Nothing is changed.
+    """
     registry = Registry(store)
     names = registry.models() if name is None else [name]
     blobs: dict[str, tuple[Descriptor, str]] = {}
@@ -199,6 +209,6 @@ def _check_blob(store: BlobStore, blob: Descriptor, where: str) -> tuple[int, st
     if (seen, seen_bytes) != (blob.digest, blob.size_bytes):
         return (
             seen_bytes,
-            f"{where}: {layout.blob_key(blob.digest)}: expected {blob.size_bytes} bytes, seen {seen_bytes} bytes with {seen}",
+            f"{where}: {layout.blob_key(blob.digest)}: expected {blob.size_bytes} bytes, seen {seen_bytes} with {seen}",
         )
     return seen_bytes, None

@@ -9,6 +9,7 @@ several servers ignore conditions when a multipart upload completes.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -27,7 +28,7 @@ from storage.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, tran
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef, GetObjectOutputTypeDef
 
 _PIECE_BYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -56,7 +57,10 @@ class S3Options:
 
 
 class S3Store(BlobStore):
-    """Objects under ``prefix`` of ``bucket``. The client is made on first use, anew in every process, from the credential chain."""
+    """Objects under ``prefix`` of ``bucket``.
+
+    The client is made on first use, anew in every process, from the credential chain.
+    """
 
     def __init__(
         self, bucket: str, prefix: str = "", options: S3Options | None = None, *, uri: str | None = None
@@ -64,7 +68,8 @@ class S3Store(BlobStore):
         self.bucket = bucket
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.options = options or S3Options()
-        self.uri = uri or f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self.place = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self.uri = uri or self.place
         self._client: S3Client | None = None
         self._client_pid = -1
         self._client_lock = threading.Lock()
@@ -115,33 +120,40 @@ class S3Store(BlobStore):
 
     @override
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
-        return b"".join(self._read(key, self._name(key), 0, None, None, max_bytes))
+        return b"".join(self._read(key, self._name(key), max_bytes=max_bytes))
 
     @override
     def get_range(self, key: str, start: int, length: int) -> bytes:
         if length <= 0:
             self.head(key)
             return b""
-        return b"".join(self._read(key, self._name(key), start, length, None, None))
+        return b"".join(self._read(key, self._name(key), start=start, length=length))
 
     @override
     def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
-        return self._read(key, self._name(key), start, None, etag, None)
+        return self._read(key, self._name(key), start=start, etag=etag)
 
     def download(self, path: Path) -> Path:
-        """Write the one object that the URI itself names (``s3://bucket/folder/model.safetensors``) to ``path``, and return it."""
+        """Write the one object that the URI itself names (``s3://bucket/model.safetensors``) to ``path``; return it."""
         name = self.prefix.rstrip("/")
         partial = path.with_name(f"{path.name}.partial")
         try:
             with partial.open("wb") as file:
-                for piece in self._read(name, name, 0, None, None, None):
+                for piece in self._read(name, name):
                     file.write(piece)
             return partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
     def _read(
-        self, key: str, name: str, start: int, length: int | None, etag: str | None, max_bytes: int | None
+        self,
+        key: str,
+        name: str,
+        *,
+        start: int = 0,
+        length: int | None = None,
+        etag: str | None = None,
+        max_bytes: int | None = None,
     ) -> Iterator[bytes]:
         """Yield ``length`` bytes (to the end, where None) from ``start``, asking again from where a body was cut."""
         offset, failures, end = start, 0, None
@@ -172,12 +184,15 @@ class S3Store(BlobStore):
                 failures += 1
                 if failures >= self.options.max_attempts:
                     raise StoreUnavailable(
-                        f"{key}: the body ended at byte {offset} of {end}, {failures} times over; check the network to {self.uri}",
+                        f"{key}: the body ended at byte {offset} of {end}, {failures} times; check the network",
                         key=key,
                     ) from cut
 
     def _open(self, key: str, name: str, offset: int, stop: int | None) -> tuple[Any, str, int, int] | None:
-        """Ask for the bytes from ``offset``; return body, ETag, how many of its bytes to skip, and the size of the whole object."""
+        """Ask for the bytes from ``offset``.
+
+        Return body, ETag, how many of its bytes to skip, and the size of the whole object.
+        """
         ranged = offset > 0 or stop is not None
         wanted = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
         try:
@@ -205,7 +220,7 @@ class S3Store(BlobStore):
             try:
                 return self._put_whole(key, data, {"IfNoneMatch": "*"})
             except PreconditionFailed as error:
-                raise AlreadyExists(f"{key}: already in {self.uri}", key=key) from error
+                raise AlreadyExists(f"{key}: already in {self.place}", key=key) from error
         if len(data) >= self.options.multipart_bytes:
             return self._put_parts(key, data)
         return self._put_whole(key, data, {})
@@ -218,13 +233,13 @@ class S3Store(BlobStore):
             raise PreconditionFailed(f"{key}: no such object, expected ETag {etag}", key=key) from error
 
     def _put_whole(self, key: str, data: Data, condition: dict[str, str]) -> ObjectInfo:
+        return self.put_with_md5(key, data, _md5(data), **condition)
+
+    def put_with_md5(self, key: str, data: Data, md5: str, **condition: str) -> ObjectInfo:
+        """Send one PUT with this base64 MD5 for the server to check. Raises `Corrupt` where it finds other bytes."""
         name = self._name(key)
-        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-        answer = self._guard(
-            "PUT",
-            key,
-            lambda: self.client.put_object(Bucket=self.bucket, Key=name, Body=bytes(data), ContentMD5=md5, **condition),  # type: ignore[arg-type]
-        )
+        call = functools.partial(self.client.put_object, Bucket=self.bucket, Key=name, Body=bytes(data), ContentMD5=md5)
+        answer = self._guard("PUT", key, lambda: call(**condition))  # type: ignore[arg-type]
         return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
 
     def _put_parts(self, key: str, data: Data) -> ObjectInfo:
@@ -238,12 +253,12 @@ class S3Store(BlobStore):
             parts: list[CompletedPartTypeDef] = []
             for number, offset in enumerate(range(0, len(view), part_bytes), start=1):
                 part = bytes(view[offset : offset + part_bytes])
-                md5 = base64.b64encode(hashlib.md5(part, usedforsecurity=False).digest()).decode()
                 sent = client.upload_part(
-                    Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=part, ContentMD5=md5
+                    Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=part, ContentMD5=_md5(part)
                 )
                 parts.append({"ETag": sent["ETag"], "PartNumber": number})
-            client.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts})
+            done: CompletedMultipartUploadTypeDef = {"Parts": parts}
+            client.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload=done)
 
         try:
             self._guard("PUT", key, send)
@@ -306,6 +321,10 @@ def _pieces(body: Any, skip: int, wanted: int) -> Iterator[bytes]:
         wanted -= len(kept)
         if kept:
             yield kept
+
+
+def _md5(data: Data) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def _bare(etag: str) -> str:

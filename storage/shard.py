@@ -52,7 +52,10 @@ UInt8Array = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class IntegerTensor:
-    """A piece's signed integers, twice: ``values`` int8 of ``shape``, and ``packed`` uint8 (ceil(N * bits / 8),) of the same integers."""
+    """A piece's signed integers, twice.
+
+    ``values`` int8 of ``shape``, and ``packed`` uint8 (ceil(N * bits / 8),) of the same integers.
+    """
 
     values: Int8Array
     packed: UInt8Array
@@ -87,7 +90,9 @@ class Shard:
     tensors: Mapping[str, npt.NDArray[Any]]
 
     def payload(self, key: str, *, count: int) -> Int8Array | UInt8Array:
-        """Return the ``count`` integers of a piece: int8 (count,) where the codec is zstd, else uint8, still packed as the caller packed them.
+        """Return the ``count`` integers of a piece.
+
+        Int8 (count,) where the codec is zstd, else uint8, still packed as the caller packed them.
 
         Raises `InvalidShard` where there are none, not as many, or one of them does not fit its bits.
         """
@@ -131,7 +136,9 @@ def build_shard(integers: Mapping[str, IntegerTensor], tensors: Mapping[str, npt
 
 
 def save_tensors(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file whose bytes follow from its arguments alone: tensors in the order given, metadata sorted.
+    """Return a safetensors file whose bytes follow from its arguments alone.
+
+    Tensors in the order given, metadata sorted.
 
     The format wants no alignment but the header's (8 bytes, padded with spaces).
     """
@@ -276,7 +283,7 @@ def _check_integers(key: str, tensor: IntegerTensor) -> None:
         or tensor.values.shape != tensor.shape
     ):
         raise InvalidShard(
-            f"integers {key!r}: {tensor.values.dtype} {tensor.shape}, packed {tensor.packed.dtype}; expected int8 and uint8",
+            f"integers {key!r}: {tensor.values.dtype} {tensor.shape}, packed {tensor.packed.dtype}, not int8, uint8",
             key=key,
         )
     if not 1 <= tensor.bits <= 8 or tensor.packed.shape != (expected,):
@@ -286,7 +293,7 @@ def _check_integers(key: str, tensor: IntegerTensor) -> None:
 
 
 def _frame_parameters() -> zstandard.ZstdCompressionParameters:
-    """Matches hardly pay on quantized weights, the literals' Huffman code does: see docs/adr on the codec."""
+    """Return what suits quantized weights: matches hardly pay, the literals' Huffman code does (docs/adr, codec)."""
     return zstandard.ZstdCompressionParameters.from_level(
         1, min_match=7, strategy=zstandard.STRATEGY_FAST, write_content_size=1
     )

@@ -37,7 +37,7 @@ def open_store(uri: str | Path) -> BlobStore:
     parts = urlsplit(text)
     if parts.username is not None or parts.password is not None:
         raise BadStoreURI(
-            f"store {parts.scheme}://...@{parts.hostname or ''}: no credentials in a URI; set the environment or name a profile"
+            f"store {parts.scheme}://...@{parts.hostname or ''}: no credentials in a URI; use the environment"
         )
     if parts.fragment:
         raise BadStoreURI(f"store {text!r}: '#' is not part of a store's URI; write %23")
@@ -53,9 +53,7 @@ def open_store(uri: str | Path) -> BlobStore:
                 f"store {text!r}: file:// wants three slashes before an absolute path; write 'file:///{parts.netloc}{parts.path}'"
             )
         return LocalStore(Path(unquote(parts.path)))
-    raise BadStoreURI(
-        f"store {text!r}: unknown scheme {parts.scheme!r}; known are a plain path, {', '.join(_SCHEMES)}{_nearest(parts.scheme, _SCHEMES)}"
-    )
+    raise BadStoreURI(f"store {text!r}: unknown scheme {parts.scheme!r}{_nearest(parts.scheme, _SCHEMES)}")
 
 
 def _open_s3(text: str, parts: SplitResult) -> BlobStore:
@@ -69,7 +67,7 @@ def _open_s3(text: str, parts: SplitResult) -> BlobStore:
         if name not in hints:
             if _SECRET.search(name):
                 raise BadStoreURI(
-                    f"store s3://{parts.netloc}: no credentials in a URI ({name}); set the environment or name a profile"
+                    f"store s3://{parts.netloc}: no credentials in a URI ({name}); use the environment or a profile"
                 )
             raise BadStoreURI(f"store s3://{parts.netloc}: unknown parameter {name!r}{_nearest(name, tuple(hints))}")
         if name in values:

@@ -1,7 +1,8 @@
-"""Ceph's RADOS gateway from the distribution's packages: one monitor, manager, OSD (a sparse file) and gateway on 127.0.0.1.
+"""Ceph's RADOS gateway from the distribution's packages: a monitor, manager, OSD (a sparse file), gateway on 127.0.0.1.
 
-Needs ``ceph-mon ceph-osd ceph-mgr radosgw ceph-common`` (Debian 12: Ceph 16.2.15). Up in about 18 s. Manual deployment as in Ceph's
-documentation (install/manual-deployment), reduced to what one test session wants: no replicas, no autoscaling, small placement groups.
+Needs ``ceph-mon ceph-osd ceph-mgr radosgw ceph-common`` (Debian 12: Ceph 16.2.15). Up in about 18 s. Manual deployment
+as in Ceph's documentation (install/manual-deployment), reduced to what one test session wants: no replicas, no
+autoscaling, small placement groups.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def missing_programs() -> list[str]:
 
 @contextmanager
 def ceph(folder: Path) -> Iterator[S3Server]:
-    """Run a whole cluster in ``folder``: checks signatures and clocks, keeps create-only, refuses even a matching If-Match."""
+    """Run a whole cluster in ``folder``.
+
+    Checks signatures and clocks, keeps create-only, refuses even a matching If-Match.
+    """
     port, mon_port = free_port(), free_port()
     for name in ("mon", "mgr", "osd", "run", "log", "rgw"):
         (folder / name).mkdir()

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class ServerFailed(Exception):
+class ServerFailed(Exception):  # noqa: N818
     """A server that is installed did not come up; the message ends with the end of its log."""
 
 
@@ -32,7 +32,10 @@ def free_port() -> int:
 
 @contextmanager
 def running(argv: Sequence[str], log: Path, *, grace_s: float = 3.0) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server in the foreground; the kernel kills it if this process dies first (``prctl(2)``, PR_SET_PDEATHSIG)."""
+    """Run a server in the foreground.
+
+    The kernel kills it if this process dies first (``prctl(2)``, PR_SET_PDEATHSIG).
+    """
     tied = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
     with log.open("ab") as output:
         process = subprocess.Popen([*tied, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=output)

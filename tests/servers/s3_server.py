@@ -52,7 +52,16 @@ def rclone(folder: Path) -> Iterator[S3Server]:
     assert program
     port, log, data = free_port(), folder / "rclone.log", folder / "data"
     data.mkdir()
-    argv = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", str(data)]
+    argv = [
+        program,
+        "serve",
+        "s3",
+        "--addr",
+        f"127.0.0.1:{port}",
+        "--auth-key",
+        f"{ACCESS_KEY},{SECRET_KEY}",
+        str(data),
+    ]
     with running([*argv, "--config", str(folder / "rclone.conf")], log) as process:
         wait_for_port(port, process, log)
         yield _ready(S3Server("rclone", f"http://127.0.0.1:{port}"))

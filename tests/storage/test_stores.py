@@ -48,7 +48,7 @@ class TestLocal(SwapContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(NoSpace, match="a/b: no space left in .* nothing was written"):
+        with pytest.raises(NoSpace, match=r"a/b: no space left in .* nothing was written"):
             store.put("a/b", b"x", mode=mode)  # type: ignore[arg-type]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -125,7 +125,9 @@ class TestCeph(StoreContract):
 
     def test_wrong_secret(self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-        with pytest.raises(AccessDenied, match="SignatureDoesNotMatch: the signature does not match; check AWS_SECRET_ACCESS_KEY"):
+        with pytest.raises(
+            AccessDenied, match="SignatureDoesNotMatch: the signature does not match; check AWS_SECRET_ACCESS_KEY"
+        ):
             open_store(ceph_s3.uri()).get("k")
 
     def test_unknown_key(self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,7 @@ def test_multipart_is_aborted_on_failure(moto_s3: S3Server) -> None:
         raise ConnectionError("cable cut")
 
     store.client.meta.events.register("before-call.s3.CompleteMultipartUpload", fail)
-    with pytest.raises(StoreUnavailable, match="PUT big in s3://.*: cable cut"):
+    with pytest.raises(StoreUnavailable, match=r"PUT big in s3://.*: cable cut"):
         store.put("big", BIG, mode="overwrite")
     assert not store.exists("big")
     uploads = store.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
