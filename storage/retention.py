@@ -9,6 +9,7 @@ less than the age of grace. All times are the store's own.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> G
     that cannot be trusted stops the run.
     """
     named, versions = _named_blobs(store)
-    now_s = _store_time_s(store)
+    now_s = time.time() if dry_run else _store_time_s(store)
     earlier = read_condemned(store)
     condemned: dict[str, float] = {}
     due: dict[str, int] = {}
@@ -78,7 +79,7 @@ def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> G
         if info.key in named:
             continue
         since_s = earlier.get(info.key, now_s)
-        condemned[info.key] = now_s if info.modified_s > since_s else since_s  # sent again since: somebody wants it
+        condemned[info.key] = now_s if info.modified_s >= since_s else since_s  # sent again since: somebody wants it
         if now_s - condemned[info.key] >= grace_s:
             due[info.key] = info.size_bytes
     if not dry_run:
@@ -93,7 +94,7 @@ def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> G
 def _remove(store: BlobStore, key: str, since_s: float) -> bool:
     """Remove a condemned blob unless somebody has sent it again since."""
     try:
-        if store.head(key).modified_s > since_s:
+        if store.head(key).modified_s >= since_s:  # S3 tells whole seconds, so a tie may be later
             return False
     except NotFound:
         return False
