@@ -62,11 +62,6 @@ class State(Record):
         return [version for version in (self.current, self.previous, self.pending) if version is not None]
 
 
-def _folder_name(name: str) -> str:
-    check_key(f"{model_prefix(name)}state.json")
-    return name
-
-
 def blobs_of(manifest: Manifest, level: int) -> list[Descriptor]:
     """Return the blobs a version needs at ``level``, in fetching order: base, then each level in execution order."""
     wanted: list[Descriptor] = list(manifest.base)
@@ -118,7 +113,7 @@ class Cache:
 
     def state(self, name: str) -> State:
         """Read a model's state; an empty one when the cache does not know the model."""
-        path = self.root / "models" / _folder_name(name) / "state.json"
+        path = self.model_folder(name) / "state.json"
         with disk_errors(str(path)):
             if not path.exists():
                 return State(name=name)
@@ -153,7 +148,7 @@ class Cache:
         return Manifest.model_validate_json(self.manifest_bytes(name, digest))
 
     def _manifest_path(self, name: str, digest: str) -> Path:
-        return self.root / "models" / _folder_name(name) / "manifests" / f"{digest_hex(digest)}.json"
+        return self.model_folder(name) / "manifests" / f"{digest_hex(digest)}.json"
 
     def write_manifest(self, name: str, digest: str, raw: bytes) -> None:
         """Keep a manifest's exact bytes."""
@@ -177,6 +172,14 @@ class Cache:
             part.with_suffix(".etag").unlink(missing_ok=True)
         return dropped
 
+    def model_folder(self, name: str) -> Path:
+        """Return a model's folder; raise ``BadKey`` for a name that no file system should be given."""
+        return self.root / check_key(model_prefix(name).rstrip("/"))
+
+    def knows(self, name: str) -> bool:
+        """Tell whether there is anything of the model, if only the remains of a removal that was killed."""
+        return self.model_folder(name).is_dir()
+
     def names(self) -> list[str]:
         """Return the models that the cache knows, sorted."""
         return sorted(path.parent.name for path in (self.root / "models").glob("*/state.json"))
@@ -192,10 +195,11 @@ class Cache:
                 manifests.add(self._manifest_path(name, version.digest))
         freed = 0
         with disk_errors(f"cache {self.root}"):
-            for path in [*self.root.glob("blobs/sha256/*/*"), *self.root.glob("staging/*")]:
-                if path.stem not in wanted:
-                    freed += path.stat().st_size
-                    path.unlink()
+            whole = {path.name: path for path in self.root.glob("blobs/sha256/*/*")}
+            staged = [path for path in self.root.glob("staging/*") if path.stem not in wanted - whole.keys()]
+            for path in [*staged, *(path for digest, path in whole.items() if digest not in wanted)]:
+                freed += path.stat().st_size
+                path.unlink()
             for path in self.root.glob("models/*/manifests/*.json"):
                 if path not in manifests:
                     path.unlink()

@@ -117,12 +117,12 @@ class Device:
     def remove(self, name: str) -> int:
         """Forget a model; return the bytes freed. What was last trusted for it stays: it cannot come back older."""
         with self._lock():
-            if not self._cache.state(name).installed():
+            if not self._cache.knows(name):
                 raise NotInstalled(f"{name} is not in {self.root}")
             self._cache.write_state(State(name=name))
             freed = self._sweep(name)
             with disk_errors(f"{self.root}/models/{name}"):
-                shutil.rmtree(self._cache.root / "models" / name)
+                shutil.rmtree(self._cache.model_folder(name))
             return freed
 
     def verify(self, name: str, *, discard: bool = False) -> Verified:
@@ -179,13 +179,13 @@ class Device:
         target = Installed(version=manifest.version, digest=release.digest, level=level, signed=release.signed)
         blobs = blobs_of(manifest, level)
         missing = [blob for blob in blobs if not self._cache.holds(blob)]
+        self._cache.write_manifest(name, release.digest, release.raw)
         if state.current == target and not missing:
             if state.pending is not None:
                 self._cache.write_state(state.model_copy(update={"pending": None, "failed": None}))
             return self._moved(
                 name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=self._sweep(name)
             )
-        self._cache.write_manifest(name, release.digest, release.raw)
         self._cache.write_state(state.model_copy(update={"pending": target, "failed": None}))
         try:
             self._check_space(missing)

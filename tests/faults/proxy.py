@@ -125,7 +125,11 @@ def faulty(upstream: str, plan: Plan = lambda _: None) -> Iterator[Proxy]:
     for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
         setattr(Handler, f"do_{method}", Handler.handle_one)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *_: object) -> None:
+            """A client that was killed resets its connection; nothing to report."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

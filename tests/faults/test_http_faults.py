@@ -208,8 +208,8 @@ def test_documents_are_tried_again_too(origin: Origin, manifest: Manifest, make:
     whole(device, manifest)
 
 
-def test_bytes_that_changed_are_not_mixed(origin: Origin, manifest: Manifest, make: Make) -> None:
-    """The server holds damaged bytes at first, the right ones under a new tag later: If-Range gets the new ones whole."""
+def test_changed_bytes_are_not_mixed(origin: Origin, manifest: Manifest, make: Make) -> None:
+    """Damaged bytes at first, the right ones under a new tag later: If-Range gets the new ones whole."""
     key, size = shard_of(manifest), SHARD_BYTES + 100
     right = origin.store.get(key)
     origin.store.put(key, content("wrong", size), mode="overwrite")
@@ -226,7 +226,7 @@ def test_bytes_that_changed_are_not_mixed(origin: Origin, manifest: Manifest, ma
 
 
 def test_416_at_completion_is_never_asked_for(origin: Origin, manifest: Manifest, make: Make) -> None:
-    """A process killed between the last byte and the rename: the staged bytes are hashed and named, without a request."""
+    """Killed between the last byte and the rename: the staged bytes are hashed and named, without a request."""
     blob = manifest.groups[1].levels[0]
     device = make()
     part = Path(device.root) / "staging" / f"{blob.digest[7:]}.part"
