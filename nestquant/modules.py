@@ -185,13 +185,14 @@ def page_in(model: nn.Module, parts: Mapping[str, Packed]) -> None:
     layers = nested_layers(model)
     if unknown := sorted(parts.keys() - layers.keys()):
         raise KeyError(f"the model has no nested layer named {', '.join(unknown)}")
+    checked: dict[str, Tensor] = {}
     for name, part in parts.items():
         try:
-            layers[name].nested.check_next(part)
+            checked[name] = layers[name].nested.check_next(part)
         except ValueError as error:
             raise ValueError(f"layer {name}: {error}") from error
-    for name, part in parts.items():
-        layers[name].page_in(part)
+    for name, tensor in checked.items():
+        layers[name].nested.accept(tensor)
 
 
 def page_out(model: nn.Module) -> None:

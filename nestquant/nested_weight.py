@@ -69,7 +69,7 @@ class NestedWeight(nn.Module):
         self.register_buffer("zero_point", qparams.zero_point.clone(), persistent=False)
         self.register_buffer("expanded", None, persistent=False)
         for part in parts:
-            self._append(self.check_next(part))
+            self._append(self.check_next(part))  # Not ``accept``: an expanded weight is built once, at the end.
         self.set_residency(residency)
 
     @property
@@ -109,8 +109,7 @@ class NestedWeight(nn.Module):
 
     def page_in(self, low: Packed) -> None:
         """Take the packed bytes of the next level. Nothing changes where they are refused (ValueError)."""
-        self._append(self.check_next(low))
-        self._refresh()
+        self.accept(self.check_next(low))
 
     def page_out(self) -> None:
         """Drop the highest level present; RuntimeError if only level 0 is left."""
@@ -134,14 +133,19 @@ class NestedWeight(nn.Module):
         array = _as_array(packed)
         part = unpack(array, self.level_bits[level], self.shape)
         if level:
-            value = self._recompose(level - 1).astype(np.int16) << (self.bits[-1 - level] - self.bits[-level])
-            value += part
+            shift = self.bits[-1 - level] - self.bits[-level]
+            value = (self._recompose(level - 1).short().cpu() << shift).add_(torch.from_numpy(part))
             low, high = signed_range(self.bits[-1 - level])
             if int(value.min()) < low or int(value.max()) > high:
                 raise ValueError(
                     f"level {level} does not belong to the levels below it: integers leave [{low}, {high}]"
                 )
         return torch.from_numpy(array.copy()).to(self.scale.device)
+
+    def accept(self, checked: Tensor) -> None:
+        """Take the next level as ``check_next`` returned it."""
+        self._append(checked)
+        self._refresh()
 
     def part(self, level: int) -> Tensor:
         """Return the packed bytes of a level that is present: uint8 ``[packed_size]``."""
@@ -170,29 +174,17 @@ class NestedWeight(nn.Module):
     def _build(self) -> Tensor:
         """Unpack, recompose, and dequantize on the full grid: ``scale * (value * 2^shift - zero_point)``."""
         level = self.level
-        shift = self.bits[0] - self.bits[-1 - level]
-        device = self.scale.device
-        if device.type == "cpu":
-            value = torch.from_numpy(self._recompose(level, shift))
-        else:
-            value = self._recompose_on_device(level) << shift
+        value = self._recompose(level, self.bits[0] - self.bits[-1 - level])
         per_channel = (-1, *(1,) * (len(self.shape) - 1))
-        weight = torch.sub(value, self.zero_point.view(per_channel).float()).mul_(self.scale.view(per_channel))
+        weight = value.float().sub_(self.zero_point.view(per_channel)).mul_(self.scale.view(per_channel))
         return from_channel_first(weight, self.kind, self.groups).to(self.dtype).contiguous()
 
-    def _recompose(self, level: int, final_shift: int = 0) -> NDArray[np.int8]:
+    def _recompose(self, level: int, final_shift: int = 0) -> Tensor:
         """Return levels ``0..level`` as integers, shifted; int8 holds every step, as ``check_next`` made sure of."""
-        value = unpack(self.part(0).cpu().numpy(), self.level_bits[0], self.shape)
+        value = _unpack(self.part(0), self.level_bits[0], self.shape)
         for at, shift in enumerate(level_shifts(self.bits)[:level], start=1):
-            np.left_shift(value, shift, out=value)
-            np.add(value, unpack(self.part(at).cpu().numpy(), self.level_bits[at], self.shape), out=value)
-        return np.left_shift(value, final_shift, out=value)
-
-    def _recompose_on_device(self, level: int) -> Tensor:
-        value = _unpack_on_device(self.part(0), self.level_bits[0], self.shape)
-        for at, shift in enumerate(level_shifts(self.bits)[:level], start=1):
-            value = (value << shift) + _unpack_on_device(self.part(at), self.level_bits[at], self.shape)
-        return value
+            value.bitwise_left_shift_(shift).add_(_unpack(self.part(at), self.level_bits[at], self.shape))
+        return value.bitwise_left_shift_(final_shift) if final_shift else value
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NestedWeight:
         scale = self.scale
@@ -218,6 +210,12 @@ def _as_array(packed: Packed) -> NDArray[np.uint8]:
     if isinstance(packed, np.ndarray):
         return packed
     return np.frombuffer(packed, dtype=np.uint8)
+
+
+def _unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    if packed.device.type == "cpu":
+        return torch.from_numpy(unpack(packed.numpy(), bits, shape))
+    return _unpack_on_device(packed, bits, shape)
 
 
 def _unpack_on_device(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:

@@ -63,8 +63,10 @@ def adaptive_round(x: Tensor, *, qmin: int, qmax: int) -> Tensor:
         # Plain threads over a kernel without the GIL: no second thread pool beside torch's, and safe to call from many
         # threads at once.
         cuts = np.linspace(0, rows.shape[0], threads + 1).astype(int).tolist()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(round_rows, cuts[:-1], cuts[1:]))
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = pool.map(round_rows, cuts[1:-1], cuts[2:])
+            round_rows(cuts[0], cuts[1])
+            list(others)
     return torch.from_numpy(out).reshape(x.shape).to(x.device)
 
 
