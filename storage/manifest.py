@@ -198,23 +198,25 @@ class Manifest(Record):
         names = [layer.name for layer in self.layers]
         if len(set(names)) != len(names):
             raise ValueError(f"layer {next(name for name in names if names.count(name) > 1)!r} stands twice")
-        weights = [0] * len(self.groups)
+        # A layer may have fewer levels than its group: then the group's further shards do not hold it.
+        weights = [[0] * len(group.levels) for group in self.groups]
         for layer in self.layers:
             channel_weights = math.prod(layer.shape) // layer.out_channels()
             for piece in layer.pieces:
                 if piece.group >= len(self.groups):
                     raise ValueError(f"layer {layer.name!r}: shard group {piece.group} of {len(self.groups)}")
                 levels = len(self.groups[piece.group].levels)
-                if levels != len(layer.bits):
+                if levels < len(layer.bits):
                     raise ValueError(
                         f"layer {layer.name!r}: {len(layer.bits)} levels, its shard group {piece.group} has {levels}"
                     )
-                weights[piece.group] += channel_weights * (piece.stop - piece.start)
+                for level in range(len(layer.bits)):
+                    weights[piece.group][level] += channel_weights * (piece.stop - piece.start)
         for index, group in enumerate(self.groups):
-            for level, shard in enumerate(group.levels):
-                if shard.decoded_bytes != weights[index]:
+            for level, (shard, expected) in enumerate(zip(group.levels, weights[index], strict=True)):
+                if shard.decoded_bytes != expected:
                     raise ValueError(
-                        f"group {index} level {level}: decoded_bytes {shard.decoded_bytes}, its layers {weights[index]}"
+                        f"group {index} level {level}: decoded_bytes {shard.decoded_bytes}, its layers {expected}"
                     )
         return self
 

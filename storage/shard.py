@@ -167,7 +167,7 @@ def read_shard(source: bytes | memoryview | Path) -> Shard:
             f"shard: metadata {sorted(metadata)} with codec {metadata.get('codec')!r}, expected packed or zstd"
         )
     codec = cast("Codec", metadata["codec"])
-    described = _json_object(metadata["integers"].encode(), "metadata 'integers'")
+    described = _json_object(metadata["integers"], "metadata 'integers'")
     integers = {key: _stored(key, value, codec, tensors) for key, value in described.items()}
     return Shard(codec, integers, {key: tensor for key, tensor in tensors.items() if key not in integers})
 
@@ -215,7 +215,8 @@ def _map(path: Path) -> memoryview:
 
 def _tensor(key: str, entry: Any, payload: memoryview, offset: int) -> tuple[npt.NDArray[Any], int]:
     """Return a view of one tensor, which must begin where the one before ended, and where it ends."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] not in _DTYPES:
+    whole = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
+    if not whole or entry["dtype"] not in tuple(_DTYPES):  # a tuple: what stands there need not be hashable
         raise InvalidShard(
             f"shard: tensor {key!r}: expected dtype (of {', '.join(_DTYPES)}), shape, data_offsets", key=key
         )
@@ -293,13 +294,16 @@ def _check_integers(key: str, tensor: IntegerTensor) -> None:
 
 
 def _frame_parameters() -> zstandard.ZstdCompressionParameters:
-    """Return what suits quantized weights: matches hardly pay, the literals' Huffman code does (docs/adr, codec)."""
+    """Return what suits quantized weights: few and long matches, so that nearly all is left to the Huffman code.
+
+    Short matches cost more than the literals they replace (docs/adr/0003-shard-codec.md has the measurements).
+    """
     return zstandard.ZstdCompressionParameters.from_level(
-        1, min_match=7, strategy=zstandard.STRATEGY_FAST, write_content_size=1
+        1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, write_content_size=1
     )
 
 
-def _json_object(raw: bytes, what: str) -> dict[str, Any]:
+def _json_object(raw: bytes | str, what: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -317,5 +321,8 @@ def _json_object(raw: bytes, what: str) -> dict[str, Any]:
 
 def _is_shape(value: Any) -> bool:
     return (
-        isinstance(value, list) and len(value) <= 9 and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
+        isinstance(value, list)
+        and len(value) <= 9
+        and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
+        and math.prod(filter(None, value)) < 1 << 60
     )
