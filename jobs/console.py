@@ -48,6 +48,8 @@ def executor(cluster: ClusterSpec, *, local: bool) -> Iterator[Executor]:
         cpus_per_task=cluster.cpus_per_task,
         max_in_flight=cluster.max_in_flight,
         max_retries=cluster.max_retries,
+        task_timeout_s=cluster.task_timeout_s,
+        node_timeout_s=0 if cluster.address == "local" else cluster.node_timeout_s,
     )
     with RayExecutor(settings) as ray_executor:
         yield ray_executor

@@ -69,6 +69,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
             staged.order,
             {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()},
         )
+    executor.require(plan.task_bytes)
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
     return Prepared(registry, staged, plan, calibration_digest, job)
 

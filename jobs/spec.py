@@ -7,9 +7,10 @@ is read.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +26,9 @@ identity."""
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
 
 Observer = Literal["sigma", "minmax", "percentile", "mse"]
+
+
+S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -163,8 +167,10 @@ class ClusterSpec(Section):
     num_cpus: int | None = Field(default=None, ge=1)
     task_weights: int = Field(default=16_000_000, ge=1, description="weights in one task, about")
     cpus_per_task: float = Field(default=1, gt=0)
-    max_in_flight: int = Field(default=64, ge=1)
-    max_retries: int = Field(default=3, ge=0)
+    max_in_flight: int = Field(default=1024, ge=1, description="tasks submitted and not done, at most")
+    max_retries: int = Field(default=3, ge=0, description="a lost worker or node costs a task one of these")
+    task_timeout_s: float | None = Field(default=3600, gt=0)
+    node_timeout_s: float = Field(default=300, ge=0, description="how long a cluster may grow until a task fits")
 
 
 class JobSpec(Section):
@@ -236,6 +242,11 @@ def load_spec(path: str | Path, *, changes: dict[str, Any] | None = None) -> Job
     Raises:
         SpecError: one line for each fault, with the key, what was seen and what was expected.
     """
+    return parse_spec(read_document(path, changes or {}), where=str(path))
+
+
+def read_document(path: str | Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Read YAML or JSON keys, not validated yet; see ``load_spec``."""
     file = Path(path)
     try:
         document = yaml.safe_load(file.read_text())
@@ -249,7 +260,7 @@ def load_spec(path: str | Path, *, changes: dict[str, Any] | None = None) -> Job
         raise SpecError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
     if not isinstance(document, dict):
         raise SpecError(f"{path} holds a {type(document).__name__}; expected keys such as 'name', 'model', 'store'.")
-    return parse_spec(with_changes(document, changes or {}), where=str(path))
+    return with_changes(document, changes)
 
 
 def with_changes(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -264,18 +275,23 @@ def with_changes(document: dict[str, Any], changes: dict[str, Any]) -> dict[str,
 
 def parse_spec(document: dict[str, Any], *, where: str) -> JobSpec:
     """Validate a document; see ``load_spec`` for the errors."""
+    return parse_as(JobSpec, document, where=where)
+
+
+def parse_as(kind: type[S], document: dict[str, Any], *, where: str) -> S:
+    """Validate a document as one kind of spec; see ``load_spec`` for the errors."""
     try:
-        return JobSpec.model_validate(document)
+        return kind.model_validate(document)
     except ValidationError as error:
-        faults = [_fault(dict(item)) for item in error.errors()]
+        faults = [_fault(kind, dict(item)) for item in error.errors()]
         raise SpecError("\n".join(f"{where}: {fault}" for fault in faults)) from error
 
 
-def _fault(item: dict[str, Any]) -> str:
+def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
     location = [str(step) for step in item["loc"]]
     key = ".".join(location) or "spec"
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(root, item["loc"][:-1])
         return f"unknown key {key!r}.{nearest(location[-1], known)} Known here: {', '.join(sorted(known))}."
     if item["type"] == "missing":
         return f"{key!r} is missing."
@@ -284,18 +300,26 @@ def _fault(item: dict[str, Any]) -> str:
     return f"{key!r}: {message}.{seen}"
 
 
-def _known_keys(path: list[str]) -> set[str]:
-    section: type[BaseModel] = JobSpec
+def _known_keys(root: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """Walk down a place in the document; an index, or the key of a mapping, leads to what the items are."""
+    section, in_mapping = root, False
     for step in path:
-        if section is QuantizeSpec and step == "overrides":
-            return set(Override.model_fields)
+        if in_mapping or isinstance(step, int):
+            in_mapping = False
+            continue
         annotation = section.model_fields[step].annotation
-        inner = [
-            kind
-            for kind in (annotation, *getattr(annotation, "__args__", ()))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
+        in_mapping = get_origin(annotation) is dict
+        inner = [kind for kind in _kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
         if not inner:
             return set()
         section = inner[0]
     return set(section.model_fields)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the plain types inside an annotation such as ``dict[str, X]``, ``tuple[X, ...]`` or ``X | None``."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for kind in inner:
+        yield from _kinds(kind)

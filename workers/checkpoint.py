@@ -4,6 +4,7 @@ dict.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from workers.errors import CheckpointError, nearest, shown
 from workers.tensors import TensorInfo, TensorReader, TensorSource
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+# torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.
+_SEEDED = threading.Lock()
 _NESTED_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "net", "module", "params")
 
 
@@ -99,8 +102,9 @@ def pretrained_state(library: str, arch: str, kwargs: dict[str, Any]) -> dict[st
 
 def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """Return a state dict as the architecture initialises itself from this seed: for size tables and load tests."""
-    torch.manual_seed(seed)
-    return zoo.build(library, arch, kwargs).state_dict()
+    with _SEEDED:
+        torch.manual_seed(seed)
+        return zoo.build(library, arch, kwargs).state_dict()
 
 
 def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]:

@@ -1,10 +1,18 @@
 """Errors of the work itself.
 
-Every message is one line: what was seen, what was expected, what to try. WorkError ├── ModelError        the
-architecture cannot be built ├── CheckpointError   the weights do not fit the architecture, or cannot be read ├──
-DataError         images or labels cannot be read └── ArtifactError     a pulled version does not fit together
+Every message is one line: what was seen, what was expected, what to try.
+
+WorkError
+├── ModelError       the architecture cannot be built
+├── CheckpointError  the weights do not fit the architecture, or cannot be read
+├── DataError        images or labels cannot be read
+├── ArtifactError    a pulled version does not fit together
+├── WorkerLost       a task's process or machine went away once too often
+├── DoesNotFit       no machine is large enough for one task
+└── Stopped          the work was cancelled
 """
 
+# ruff: noqa: N818 - the names say what happened, as the built-in ones of this kind do
 from __future__ import annotations
 
 import difflib
@@ -29,6 +37,30 @@ class DataError(WorkError):
 
 class ArtifactError(WorkError):
     """A pulled version does not fit together."""
+
+
+class WorkerLost(WorkError):
+    """The process or machine of a task went away more often than the task may be tried again."""
+
+
+class Stopped(WorkError):
+    """The work was cancelled; what was finished before stands in the ledger."""
+
+    def __init__(self) -> None:
+        super().__init__("Cancelled. What was finished is kept; the same command goes on from there.")
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[()]]:
+        return type(self), ()
+
+
+class DoesNotFit(WorkError):
+    """No machine of the cluster is large enough for one task."""
+
+    def __init__(self, *, needed_bytes: int, cpus: float, largest: str) -> None:
+        super().__init__(
+            f"A task needs {needed_bytes / 1e9:.1f} GB and {cpus:g} CPUs; {largest}. "
+            "Make tasks smaller (store.shard_bytes, cluster.cpus_per_task) or the machines larger."
+        )
 
 
 def nearest(word: str, candidates: Iterable[str], *, count: int = 3) -> str:

@@ -17,12 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
-from storage.errors import AlreadyExists, NotFound
+from storage.errors import AlreadyExists, NotFound, StorageError
 from storage.manifest import MEDIA_TYPE_BASE, canonical_json, piece_key
 from storage.registry import Registry
 from storage.shard import IntegerTensor, build_shard, save_tensors
 from storage.uri import open_store
-from workers.errors import CheckpointError, WorkError
+from workers.errors import CheckpointError, WorkError, shown
 from workers.tasks import (
     BaseRecord,
     BaseTask,
@@ -64,8 +64,7 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
-    reader = open_tensors(TensorSource(context.source_store, context.source_key))
-    done = _store_group(registry, reader, unit) if isinstance(unit, GroupTask) else _store_base(registry, reader, unit)
+    done = _do(registry, TensorSource(context.source_store, context.source_key), unit)
     # A second run of the same unit by design wrote the same blobs: the first record stands.
     with contextlib.suppress(AlreadyExists):
         registry.store.put(key, canonical_json(done.record), mode="create")
@@ -76,6 +75,23 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
         bytes_written=done.bytes_written,
         reused=False,
     )
+
+
+def _do(registry: Registry, source: TensorSource, unit: Unit) -> _Done:
+    try:
+        reader = open_tensors(source)
+        if isinstance(unit, GroupTask):
+            return _store_group(registry, reader, unit)
+        return _store_base(registry, reader, unit)
+    except (WorkError, StorageError):
+        raise  # names its layer or key
+    except Exception as error:  # a time-out, no memory, or a fault of ours: whose it was must be known
+        kind, names = (
+            ("Layers", list(dict.fromkeys(piece.layer for piece in unit.pieces)))
+            if isinstance(unit, GroupTask)
+            else ("Parameters", list(unit.parameters))
+        )
+        raise WorkError(f"{kind} {shown(names)}: {type(error).__name__}: {error}") from error
 
 
 def run_bundle(bundle: Bundle) -> list[UnitResult]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,8 +16,23 @@ from typing import Any, Self, TypeVar
 
 import ray
 
+from workers.deadline import deadline
+from workers.errors import DoesNotFit, Stopped, WorkerLost
+
 A = TypeVar("A")
 R = TypeVar("R")
+
+_POLL_S = 1.0
+_CANCEL_S = 10.0
+_MIN_WINDOW = 4
+_LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.TaskUnschedulableError,
+    ray.exceptions.RaySystemError,
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,11 @@ class RaySettings:
     cpus_per_task: float = 1
     max_in_flight: int = 64
     max_retries: int = 3
+    task_timeout_s: float | None = None
+    node_timeout_s: float = 0
 
 
-def _call(function: Callable[[A], R], item: A, threads: int) -> R:
+def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | None) -> R:
     """Run in a worker: as many threads as the task was given, so that neighbours do not fight for cores."""
     import torch
 
@@ -42,19 +61,26 @@ def _call(function: Callable[[A], R], item: A, threads: int) -> R:
         import numba
 
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    return function(item)
+    with deadline(timeout_s):
+        return function(item)
 
 
 class RayExecutor:
-    """Runs plain functions as Ray tasks, a bounded number in flight, and yields results as they come."""
+    """Runs plain functions as Ray tasks, a bounded number in flight, and yields results as they come.
+
+    Safe to share between threads: each ``map`` has its own window.
+    """
 
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
         self._owned = False
+        self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
             os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+            # A task killed for memory is tried so often, not for ever.
+            os.environ.setdefault("RAY_task_oom_retries", str(self.settings.max_retries))
             local = self.settings.address == "local"
             ray.init(
                 address=self.settings.address,
@@ -78,11 +104,40 @@ class RayExecutor:
         """Tell whether workers see this machine's files."""
         return self.settings.address == "local"
 
-    def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
-        """Yield ``(index, result)`` in the order of completion; the first failure cancels what is still running and
-        is raised as itself.
+    def stop(self) -> None:
+        """Make every ``map`` cancel its tasks and raise `Stopped`."""
+        self._stopped.set()
 
-        ``memory_bytes`` is what one item needs; Ray admits no more tasks to a node than fit.
+    def require(self, memory_bytes: int) -> None:
+        """Raise `DoesNotFit` where no node can hold a task; a cluster that grows gets ``node_timeout_s`` to grow.
+
+        A task that fits nowhere would wait in Ray's queue for ever.
+        """
+        bundle = {"CPU": self.settings.cpus_per_task, "memory": memory_bytes}
+        give_up = time.monotonic() + self.settings.node_timeout_s
+        asked = False
+        try:
+            while not any(_holds(node, bundle) for node in _nodes()):
+                if time.monotonic() >= give_up:
+                    raise DoesNotFit(
+                        needed_bytes=memory_bytes, cpus=self.settings.cpus_per_task, largest=_largest(_nodes())
+                    )
+                if self._stopped.wait(_POLL_S):
+                    raise Stopped
+                if not asked:
+                    from ray.autoscaler.sdk import request_resources
+
+                    request_resources(bundles=[bundle])
+                    asked = True
+        finally:
+            if asked:
+                request_resources(bundles=[])
+
+    def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
+        """Yield ``(index, result)`` in the order of completion.
+
+        After a failure nothing more is submitted; what is in flight ends and is yielded, and then the first failure
+        is raised as itself. ``memory_bytes`` is what one item needs; Ray admits no more tasks to a node than fit.
         """
         settings = self.settings
         options: dict[str, Any] = {"num_cpus": settings.cpus_per_task, "max_retries": settings.max_retries}
@@ -90,24 +145,81 @@ class RayExecutor:
             options["memory"] = memory_bytes
         task = ray.remote(_call).options(**options)
         threads = max(1, int(settings.cpus_per_task))
+        window = _Window(settings)
         waiting = iter(enumerate(items))
         running: dict[Any, int] = {}
+        failure: Exception | None = None
         try:
             while True:
-                while len(running) < settings.max_in_flight and (following := next(waiting, None)) is not None:
+                if self._stopped.is_set():
+                    raise Stopped
+                while failure is None and len(running) < window.size():
+                    following = next(waiting, None)
+                    if following is None:
+                        break
                     index, item = following
-                    running[task.remote(function, item, threads)] = index
+                    running[task.remote(function, item, threads, settings.task_timeout_s)] = index
                 if not running:
-                    return
-                ready, _ = ray.wait(list(running), num_returns=1)
+                    break
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_S)
                 for reference in ready:
-                    yield running.pop(reference), _result(reference)
+                    index = running.pop(reference)
+                    try:
+                        result = _result(reference, index)
+                    except Exception as error:  # raised below, when the others are done
+                        failure = failure or error
+                    else:
+                        yield index, result
         finally:
-            for reference in running:
-                ray.cancel(reference, force=False)
+            _cancel(list(running))
+        if failure is not None:
+            raise failure
 
 
-def _result(reference: Any) -> Any:
+class _Window:
+    """How many tasks may be in flight: twice what the cluster can run at once, so that no CPU waits for the driver
+    and a growing cluster sees demand; never more than the settings allow.
+    """
+
+    def __init__(self, settings: RaySettings) -> None:
+        self.settings = settings
+        self._size, self._until = 0, 0.0
+
+    def size(self) -> int:
+        if time.monotonic() >= self._until:
+            slots = sum(node.get("CPU", 0.0) for node in _nodes()) / self.settings.cpus_per_task
+            self._size = min(self.settings.max_in_flight, max(_MIN_WINDOW, int(2 * slots)))
+            self._until = time.monotonic() + _POLL_S
+        return self._size
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return the resources of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _holds(node: dict[str, float], bundle: dict[str, float]) -> bool:
+    return all(node.get(name, 0.0) >= amount for name, amount in bundle.items())
+
+
+def _largest(nodes: list[dict[str, float]]) -> str:
+    if not nodes:
+        return "the cluster has no node"
+    memory, cpus = max((node.get("memory", 0.0), node.get("CPU", 0.0)) for node in nodes)
+    return f"the largest of {len(nodes)} nodes offers {memory / 1e9:.1f} GB and {cpus:g} CPUs"
+
+
+def _cancel(running: list[Any]) -> None:
+    """End what still runs: first as an interrupt that lets the task clean up, then with its process."""
+    for reference in running:
+        ray.cancel(reference, force=False)
+    if running:
+        _, stuck = ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
+        for reference in stuck:
+            ray.cancel(reference, force=True)
+
+
+def _result(reference: Any, index: int) -> Any:
     """Unwrap what the task raised: the caller sees our own error, with the worker's traceback as its cause."""
     try:
         return ray.get(reference)
@@ -116,3 +228,10 @@ def _result(reference: Any) -> Any:
         if isinstance(cause, Exception):
             raise cause from error
         raise
+    except _LOST as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise WorkerLost(
+            f"Task {index} lost its worker once too often ({type(error).__name__}: {first_line}). Too little memory "
+            "(store.shard_bytes, cluster.cpus_per_task) or a task stuck beyond cluster.task_timeout_s are the usual "
+            "causes; finished units are kept, the same command goes on from there."
+        ) from error
