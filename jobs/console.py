@@ -16,7 +16,7 @@ from rich.table import Table
 from jobs.commands.options import size
 from jobs.driver import Prepared
 from jobs.events import Event, Listener
-from jobs.result import JobResult
+from jobs.result import JobResult, level_name
 from jobs.spec import ClusterSpec
 from storage.manifest import Manifest
 from workers.executor import Executor, InProcessExecutor
@@ -111,19 +111,12 @@ def _lines(console: Console) -> Listener:
 
 
 def print_result(result: JobResult) -> None:
-    """Print what a job found: accuracy by mode, sizes, seconds by stage, and what stays float."""
+    """Print what a job found as one table, a column for each mode, and a line for what else is worth knowing."""
     console = Console()
-    state = "published" if result.created else "already published"
+    state = "published" if result.created else "was published already"
     tags = f", tagged {', '.join(result.tags)}" if result.tags else ", not tagged"
-    console.print(
-        f"\n[bold]{result.name}[/] version {result.version} {state}{tags}  "
-        f"({result.library} {result.arch}, {_bits(result.bits)})"
-    )
-    if result.measured:
-        console.print(_accuracy_table(result.measured))
-    console.print(_size_table(result))
-    stages = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
-    console.print(f"seconds by stage: {stages}", highlight=False)
+    console.print(f"\n[bold]{result.name}[/] version {result.version} {state}{tags}")
+    console.print(_summary(result))
     if result.work.reused:
         console.print(f"{result.work.reused} of {result.work.units} units of work were found done by an earlier run")
     if result.kept_float:
@@ -135,6 +128,43 @@ def print_result(result: JobResult) -> None:
         console.print(f"skipped image {name}: {reason}")
     if len(result.skipped_images) > 5:
         console.print(f"... and {len(result.skipped_images) - 5} more skipped images")
+
+
+def _summary(result: JobResult) -> Table:
+    """One column for float and each level, full-bit first."""
+    levels = list(range(len(result.sizes.level_bytes)))[::-1]
+    stages = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
+    table = Table(
+        title=f"{result.library} {result.arch}, {' over '.join(map(str, result.bits))} bits",
+        caption=f"seconds by stage: {stages}",
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column("float", justify="right")
+    for level in levels:
+        table.add_column(level_name(level, len(levels)), justify="right")
+    for label, activations in (("top-1 %, weights quantized", False), ("top-1 %, activations too", True)):
+        if any(one.activations is activations for one in result.measured if one.level is not None):
+            modes = [None, *levels]
+            table.add_row(label, *(_top1(result.measured, level, activations=activations) for level in modes))
+    sizes, weights = result.sizes, result.sizes.weights
+    stored = [sizes.base_bytes + sum(sizes.level_bytes[: level + 1]) for level in levels]
+    bits = [8 * sum(sizes.level_bytes[: level + 1]) / weights for level in levels]
+    moved = [result.pull.level_bytes[level] for level in levels]
+    table.add_row("bytes stored", size(sizes.float_bytes), *map(size, stored))
+    table.add_row("bits per weight, with scales", "", *(f"{value:.2f}" for value in bits))
+    table.add_row("bytes moved to get there", size(sizes.float_bytes), *map(size, moved))
+    if result.measured:
+        resident = [
+            next((one.resident_bytes for one in result.measured if one.level == level), None) for level in levels
+        ]
+        table.add_row("bytes in memory, packed", "", *(size(value) if value is not None else "" for value in resident))
+    return table
+
+
+def _top1(measured: Sequence[Measured], level: int | None, *, activations: bool) -> str:
+    found = next((one for one in measured if one.level == level and one.activations == activations), None)
+    return "" if found is None else f"{found.accuracy.top1:.2f} ± {found.accuracy.standard_error:.2f}"
 
 
 def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:
@@ -162,28 +192,6 @@ def _accuracy_table(measured: Sequence[Measured]) -> Table:
             resident,
         )
     return table
-
-
-def _size_table(result: JobResult) -> Table:
-    sizes = result.sizes
-    high, low = sizes.level_bytes[0], sum(sizes.level_bytes[1:])
-    table = Table("bytes", "")
-    table.columns[1].justify = "right"
-    rows = [
-        ("float checkpoint", size(sizes.float_bytes)),
-        ("stored: high + low shards", f"{size(high)} + {size(low)}"),
-        ("stored: float parameters (base)", size(sizes.base_bytes)),
-        ("bits per quantized weight, scales and headers included", f"{result.stored_bits_per_weight:.2f}"),
-        ("moved to run part-bit (base + high)", size(result.pull.pull_bytes)),
-        ("moved by the upgrade to full-bit (low)", size(result.pull.upgrade_bytes)),
-    ]
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
-def _bits(bits: Sequence[int]) -> str:
-    return " over ".join(map(str, bits)) + " bits"
 
 
 def plan_document(prepared: Prepared) -> dict[str, Any]:

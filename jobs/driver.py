@@ -212,11 +212,10 @@ def _tag(registry: Registry, published: Published, tags: Iterable[str]) -> None:
 def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manifest, PullSummary]:
     """Fetch the version as a device does, part-bit first, then the upgrade."""
     device = Device(cache, StoreSource(registry.store), unsigned=True)
-    pulled = device.pull(published.name, str(published.version))
-    upgraded = device.upgrade(published.name)
-    return device.manifest(published.name), PullSummary(
-        pull_bytes=pulled.received_bytes, upgrade_bytes=upgraded.received_bytes
-    )
+    moved = [device.pull(published.name, str(published.version)).received_bytes]
+    manifest = device.manifest(published.name)
+    moved += [device.upgrade(published.name, level).received_bytes for level in range(1, manifest.level_count())]
+    return manifest, PullSummary(level_bytes=tuple(moved))
 
 
 def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[str, float]) -> JobResult:

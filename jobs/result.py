@@ -43,10 +43,9 @@ class WorkSummary(Record):
 
 
 class PullSummary(Record):
-    """What a device moved to run part-bit, and then to run full-bit."""
+    """What a device received: ``level_bytes[0]`` to run part-bit (base and high), ``level_bytes[k]`` to go on to k."""
 
-    pull_bytes: int
-    upgrade_bytes: int
+    level_bytes: tuple[int, ...]
 
 
 class JobResult(Record):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import posixpath
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,11 +194,11 @@ def _open_folder(path: Path) -> ImageSet:
 
 def _open_tar(path: Path) -> ImageSet:
     with tarfile.open(path) as archive:
-        members = {member.name: member for member in archive.getmembers() if member.isfile()}
-        table = archive.extractfile("labels.csv") if "labels.csv" in members else None
+        members = {posixpath.normpath(member.name): member for member in archive.getmembers() if member.isfile()}
+        table = archive.extractfile(members["labels.csv"]) if "labels.csv" in members else None
         text = table.read().decode() if table is not None else None
     images = [name for name in members if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    names, labels = _labels(images, text, where=str(path))
+    names, labels = _labels(sorted(images), text, where=str(path))
     return ImageSet(path, names, labels, _Tar(path, [members[name] for name in names]))
 
 

@@ -1,0 +1,105 @@
+"""What a person may write in a spec, and what a person is told who writes something else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.errors import SpecError
+from jobs.spec import load_spec, parse_spec, with_changes
+
+Document = Callable[..., dict[str, Any]]
+
+
+def told(document: dict[str, Any]) -> str:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(document, where="job.yaml")
+    return str(caught.value)
+
+
+def test_a_spec_reads_the_same_from_yaml_and_json(tiny_document: Document, tmp_path: Path) -> None:
+    document = tiny_document()
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert load_spec(tmp_path / "a.yaml") == load_spec(tmp_path / "a.json")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_right_name(tiny_document: Document) -> None:
+    message = told(tiny_document(quantize__bitz=[8, 4]))
+    assert message == (
+        "job.yaml: unknown key 'quantize.bitz'. Did you mean 'bits'? "
+        "Known here: activations, bits, ignore, overrides, rounding, scheme."
+    )
+
+
+def test_an_unknown_key_inside_an_override_names_what_is_known_there(tiny_document: Document) -> None:
+    message = told(tiny_document(quantize__overrides={"conv*": {"schema": "symmetric"}}))
+    assert "Did you mean 'scheme'? Known here: bits, rounding, scheme." in message
+
+
+@pytest.mark.parametrize("bits", [[4, 8], [8, 8], [9, 4], [8, 0], []])
+def test_widths_count_down_within_one_to_eight(tiny_document: Document, bits: list[int]) -> None:
+    message = told(tiny_document(quantize__bits=bits))
+    assert message == (
+        f"job.yaml: 'quantize.bits': bits are {bits}; expected widths from 1 to 8 that count down, full width first, "
+        f"such as [8, 4]. Seen: {bits!r}."
+    )
+
+
+def test_exactly_one_source_of_weights(tiny_document: Document) -> None:
+    assert "exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'" in told(
+        tiny_document(model__pretrained=True)
+    )
+
+
+def test_calibrated_ranges_need_images(tiny_document: Document) -> None:
+    document = tiny_document()
+    del document["calibration"]
+    assert "'mse' needs 'calibration: {data: ...}'; 'sigma' works without images" in told(document)
+
+
+def test_every_fault_is_told_at_once(tiny_document: Document) -> None:
+    message = told(tiny_document(name="No Spaces", store__shard_bytes=1))
+    assert len(message.splitlines()) == 2
+    assert "'name'" in message
+    assert "'store.shard_bytes'" in message
+
+
+def test_a_missing_file_and_broken_yaml_are_said_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^No spec at .*nowhere\.yaml: there is no such file\.$"):
+        load_spec(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [1,\nmodel: {")
+    with pytest.raises(SpecError, match=r"broken\.yaml is not valid YAML in line"):
+        load_spec(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(SpecError, match="holds a list; expected keys"):
+        load_spec(tmp_path / "list.yaml")
+
+
+def test_dotted_changes_reach_inside_and_leave_the_document_alone() -> None:
+    document = {"a": {"b": 1, "c": 2}}
+    assert with_changes(document, {"a.b": 3, "d.e.f": 4}) == {"a": {"b": 3, "c": 2}, "d": {"e": {"f": 4}}}
+    assert document == {"a": {"b": 1, "c": 2}}
+
+
+def test_identity_follows_what_is_asked_and_not_where_it_runs(tiny_document: Document) -> None:
+    def identity(**changes: Any) -> str:
+        spec = parse_spec(tiny_document(**changes), where="job.yaml")
+        return spec.identity(source_digest="sha256:" + "0" * 64, calibration_digest="sha256:" + "1" * 64)
+
+    reference = identity()
+    assert identity(cluster__task_weights=1, store__uri="/elsewhere", evaluate__limit=3) == reference
+    changed = {
+        identity(quantize__bits=[8, 5]),
+        identity(quantize__scheme="symmetric"),
+        identity(store__shard_bytes=8192),
+        identity(calibration__samples=25),
+        identity(name="other"),
+    }
+    assert len(changed) == 5
+    assert reference not in changed

@@ -1,0 +1,100 @@
+"""Weights from files: what is accepted, unwrapped, and refused with a list."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers import zoo
+from workers.checkpoint import check_fit, fetch, load_network, random_state, save_state, to_safetensors
+from workers.errors import CheckpointError, ModelError
+from workers.tensors import TensorReader, TensorSource
+
+ARCH, KWARGS = "test_resnet", {"num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return random_state("timm", ARCH, KWARGS, seed=1)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}}]
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_pickled_state_dict_is_unwrapped(
+    state: dict[str, torch.Tensor], wrap: Callable[[object], object], prefix: str, tmp_path: Path
+) -> None:
+    torch.save(wrap({prefix + name: tensor for name, tensor in state.items()}), tmp_path / "weights.pth")
+    path = to_safetensors(tmp_path / "weights.pth", tmp_path)
+    network = load_network("timm", ARCH, KWARGS, TensorSource(None, str(path)))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"w": Evil()}))
+    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as a state dict with weights_only"):
+        to_safetensors(tmp_path / "evil.pth", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_same_state_gives_the_same_bytes(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    first = save_state(state, tmp_path / "a.safetensors").read_bytes()
+    assert save_state(dict(reversed(state.items())), tmp_path / "b.safetensors").read_bytes() == first
+
+
+def test_missing_unexpected_and_wrong_are_listed(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    broken = dict(state)
+    broken["conv1.0.weigth"] = broken.pop("conv1.0.weight")
+    broken["fc.weight"] = torch.zeros(11, broken["fc.weight"].shape[1])
+    reader = TensorReader(TensorSource(None, str(save_state(broken, tmp_path / "broken.safetensors"))))
+    with pytest.raises(CheckpointError) as caught:
+        check_fit(zoo.build("timm", ARCH, KWARGS, meta=True), reader)
+    message = str(caught.value)
+    assert "1 keys missing (conv1.0.weight)" in message
+    assert "1 keys unexpected (conv1.0.weigth)" in message
+    assert "1 shapes differ ('fc.weight': (11, " in message
+    assert "Did you mean 'conv1.0.weigth'?" in message
+
+
+def test_a_file_of_another_kind_and_a_missing_one_are_said(tmp_path: Path) -> None:
+    (tmp_path / "weights.onnx").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"weights\.onnx: expected a checkpoint ending in \.safetensors"):
+        to_safetensors(tmp_path / "weights.onnx", tmp_path)
+    with pytest.raises(CheckpointError, match="No file at /nowhere: expected a local path or an s3:// URI"):
+        fetch("/nowhere", tmp_path)
+    with pytest.raises(CheckpointError, match="names a bucket; expected s3://bucket/path/to/file"):
+        fetch("s3://bucket", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("library", "arch", "hint"),
+    [("timm", "resnet81", "resnet18"), ("pytorchcv", "resnet20_cifar01", "resnet20_cifar10")],
+)
+def test_an_unknown_architecture_names_a_near_one(library: str, arch: str, hint: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        zoo.build(library, arch)
+    assert hint in str(caught.value)
+
+
+def test_wrong_arguments_are_one_line() -> None:
+    with pytest.raises(ModelError) as caught:
+        zoo.build("timm", ARCH, {"num_clases": 10})
+    assert len(str(caught.value).splitlines()) == 1
+    assert "num_clases" in str(caught.value)
+
+
+def test_pretrained_without_a_network_says_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", "/nonexistent")
+    with pytest.raises(ModelError, match=r"with its pretrained weights.*give model\.checkpoint instead"):
+        zoo.build("timm", "test_resnet.r160_in1k", pretrained=True)

@@ -1,0 +1,103 @@
+"""One unit of work, and the network that runs from what it stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.driver import Prepared, prepare
+from jobs.events import StageClock
+from jobs.spec import parse_spec
+from nestquant.config import NestConfig
+from nestquant.packing import unpack
+from nestquant.quantize import quantize_weight
+from storage.manifest import piece_key
+from storage.shard import read_shard
+from workers.errors import CheckpointError, WorkError
+from workers.executor import InProcessExecutor
+from workers.quantize import ledger_key, read_piece, run_bundle, run_unit
+from workers.tasks import Bundle, GroupRecord, TaskContext
+from workers.tensors import TensorReader
+
+Document = Callable[..., dict[str, Any]]
+
+
+def ready(document: dict[str, Any], folder: Path) -> tuple[Prepared, TaskContext]:
+    prepared = prepare(parse_spec(document, where="test"), InProcessExecutor(), folder, StageClock(lambda _: None))
+    source = prepared.staged.source
+    return prepared, TaskContext(
+        store_uri=prepared.registry.store.uri, source_store=source.store, source_key=source.key, job=prepared.job
+    )
+
+
+def test_a_group_holds_exactly_the_methods_integers(tiny_document: Document, tmp_path: Path) -> None:
+    prepared, context = ready(tiny_document(), tmp_path)
+    group = prepared.plan.groups[1]
+    record = run_unit(context, group).record
+    assert isinstance(record, GroupRecord)
+    reader = TensorReader(prepared.staged.source)
+    shards = [read_shard(prepared.registry.get_blob(level)) for level in record.levels]
+    for piece in group.pieces:
+        whole = reader.read(piece.parameter)[piece.start : piece.stop]
+        expected = quantize_weight(whole, NestConfig(bits=(8, 4)))
+        for level, (part, bits) in enumerate(zip(expected.parts, (4, 5), strict=True)):
+            key = piece_key(piece.layer, piece.start, piece.stop, level)
+            payload = shards[level].payload(key, count=part.numel())
+            values = payload if shards[level].codec == "zstd" else unpack(payload, bits, tuple(part.shape))
+            assert torch.equal(torch.from_numpy(values.copy()).reshape(part.shape), part), key
+        scale = shards[0].tensor(f"{piece.layer}[{piece.start}:{piece.stop}]/scale")
+        assert torch.equal(torch.from_numpy(scale), expected.qparams.scale)
+
+
+def test_a_unit_done_twice_is_done_once(tiny_document: Document, tmp_path: Path) -> None:
+    prepared, context = ready(tiny_document(), tmp_path)
+    first = run_unit(context, prepared.plan.groups[0])
+    second = run_unit(context, prepared.plan.groups[0])
+    assert (first.reused, second.reused) == (False, True)
+    assert second.record == first.record
+    assert second.bytes_written == 0
+
+
+def test_a_unit_whose_blob_is_gone_is_done_again(tiny_document: Document, tmp_path: Path) -> None:
+    prepared, context = ready(tiny_document(), tmp_path)
+    first = run_unit(context, prepared.plan.groups[0])
+    store = prepared.registry.store
+    blob = next(info.key for info in store.list("blobs/"))
+    store.delete(blob)
+    second = run_unit(context, prepared.plan.groups[0])
+    assert not second.reused
+    assert second.record == first.record
+    assert store.exists(blob)
+
+
+def test_a_damaged_record_names_its_key(tiny_document: Document, tmp_path: Path) -> None:
+    prepared, context = ready(tiny_document(), tmp_path)
+    key = ledger_key(context.job, prepared.plan.groups[0])
+    prepared.registry.store.put(key, b'{"kind":"group"}', mode="create")
+    with pytest.raises(WorkError, match=rf"record {key} is damaged .* delete it, and this unit is done again"):
+        run_unit(context, prepared.plan.groups[0])
+
+
+def test_weights_that_are_not_finite_name_the_layer(
+    tiny_document: Document, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(tiny_checkpoint)
+    state["layer2.0.conv1.weight"][3, 0, 0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    prepared, context = ready(tiny_document(model__checkpoint=str(tmp_path / "nan.safetensors")), tmp_path)
+    with pytest.raises(WorkError, match=r"Layer 'layer2\.0\.conv1', output channels 0:\d+: 1 of \d+ weights are NaN"):
+        run_bundle(Bundle(context=context, units=prepared.plan.groups))
+
+
+def test_a_checkpoint_that_changed_after_the_plan_names_the_layer(tiny_document: Document, tmp_path: Path) -> None:
+    prepared, _ = ready(tiny_document(), tmp_path)
+    piece = prepared.plan.groups[0].pieces[0]
+    stale = piece.model_copy(update={"shape": (1, *piece.shape[1:])})
+    with pytest.raises(CheckpointError, match=rf"Layer '{piece.layer}': '{piece.parameter}' has shape"):
+        read_piece(TensorReader(prepared.staged.source), stale)
