@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.commands import device, jobs, store
+from jobs.commands import device, jobs, keys, maintain, store, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -58,6 +58,9 @@ app = typer.Typer(
 jobs.register(app)
 device.register(app)
 store.register(app)
+maintain.register(app)
+keys.register(app)
+zoo.register(app)
 
 
 def exit_code(error: BaseException) -> Exit:

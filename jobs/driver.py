@@ -19,13 +19,15 @@ from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
 from jobs.plan import Plan, make_plan
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
-from jobs.spec import METHOD_VERSION, JobSpec
+from jobs.signing import load_keys
+from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
 from jobs.stage import Staged, outline, stage
 from storage.capabilities import has_create_only
 from storage.device import Device, StoreSource
 from storage.errors import UnsafeStore
 from storage.manifest import Manifest, ModelRecord, ShardGroup, canonical_json
 from storage.registry import Published, Registry
+from storage.signing import sign
 from storage.uri import open_store
 from workers.checkpoint import fetch
 from workers.executor import Executor
@@ -56,6 +58,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
     """
     with clock.stage("validate"):
+        load_keys(spec.store.signing_keys)
         registry = Registry(open_store(spec.store.uri))
         _check_store(registry, single_writer=spec.store.single_writer)
         network = outline(spec.model)
@@ -119,7 +122,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
         draft = _manifest(spec, prepared, calibrated, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
         if gate is None:
-            _tag(registry, published, spec.store.tags)
+            _tag(registry, published, spec.store)
     with clock.stage("pull"):
         cache = folder / "device"
         manifest, pull = _pull(registry, published, cache)
@@ -131,7 +134,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
             measured = evaluate(tasks, executor, clock.progress("evaluate"))
     fault = None if gate is None else gate_fault(gate, measured)
     if gate is not None and fault is None:
-        _tag(registry, published, spec.store.tags)
+        _tag(registry, published, spec.store)
     return Outcome(calibrated, results, published, manifest, pull, measured, fault)
 
 
@@ -204,9 +207,14 @@ def _manifest(spec: JobSpec, prepared: Prepared, calibrated: Calibrated, results
     )
 
 
-def _tag(registry: Registry, published: Published, tags: Iterable[str]) -> None:
-    for tag in tags:
-        registry.tag(published.name, tag, published.version)
+def _tag(registry: Registry, published: Published, spec: StoreSpec) -> None:
+    """Tag the version and, with keys in the spec, sign it and its tags."""
+    name, version = published.name, published.version
+    for tag in spec.tags:
+        registry.tag(name, tag, version)
+    if spec.signing_keys:
+        tags = dict.fromkeys(spec.tags, version)
+        sign(registry.store, name, load_keys(spec.signing_keys), versions=[version], tags=tags)
 
 
 def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manifest, PullSummary]:

@@ -154,6 +154,9 @@ class StoreSpec(Section):
     uri: str
     shard_bytes: int = Field(default=DEFAULT_SHARD_BYTES, ge=4096)
     tags: tuple[str, ...] = ("latest",)
+    signing_keys: tuple[str, ...] = Field(
+        default=(), description="publisher and online keys (PEM files or env:NAME): sign what is tagged"
+    )
     single_writer: bool = False
 
 

@@ -73,7 +73,7 @@ def newest_root(store: BlobStore) -> Metadata[Root]:
             break
         trusted = check_link(raw, trusted)
     if trusted is None:
-        raise SigningError(f"{store.uri} has no root of trust; make one with 'nestquant keys generate'")
+        raise SigningError(f"{store.uri} has no root of trust; make one with 'nestquant keys init'")
     return trusted
 
 

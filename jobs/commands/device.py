@@ -27,6 +27,9 @@ Source = Annotated[
 ]
 Level = Annotated[int | None, typer.Option("--level", min=0, help="0 is part-bit, the highest is full-bit.")]
 AllowUnsigned = Annotated[bool, typer.Option("--allow-unsigned", help="Take the store's word for what a version is.")]
+Trust = Annotated[
+    Path | None, typer.Option("--trust", help="The publisher's root of trust (root.json); the folder remembers it.")
+]
 Rate = Annotated[int | None, typer.Option("--max-rate", min=1, help="Bytes a second, at most.")]
 
 
@@ -48,6 +51,7 @@ def pull(
     source: Source,
     cache: Cache = DEFAULT_CACHE,
     level: Level = None,
+    trust: Trust = None,
     allow_unsigned: AllowUnsigned = False,
     max_rate: Rate = None,
     as_json: Json = False,
@@ -57,7 +61,9 @@ def pull(
     Goes on where an earlier pull stopped.
     """
     name, ref = split_ref(model)
-    device = _device(cache, source, allow_unsigned=allow_unsigned, max_rate=max_rate, quiet=as_json)
+    device = _device(
+        cache, source, unsigned=allow_unsigned, root=_root_of_trust(trust), max_rate=max_rate, quiet=as_json
+    )
     _report(device, device.pull(name, ref, level=level), as_json=as_json)
 
 
@@ -75,7 +81,7 @@ def upgrade(
     High shards never travel again.
     """
     # The manifest was trusted when it was pulled, and every shard is checked against it: nothing new is trusted here.
-    device = _device(cache, source, allow_unsigned=True, max_rate=max_rate, quiet=as_json)
+    device = _device(cache, source, max_rate=max_rate, quiet=as_json)
     _report(device, device.upgrade(name, level), as_json=as_json)
 
 
@@ -145,7 +151,8 @@ def _device(
     cache: Path,
     source: str | None = None,
     *,
-    allow_unsigned: bool = False,
+    unsigned: bool = False,
+    root: bytes | None = None,
     max_rate: int | None = None,
     quiet: bool = True,
 ) -> Device:
@@ -154,10 +161,22 @@ def _device(
     return Device(
         cache,
         None if source is None else open_source(source),
-        unsigned=allow_unsigned,
+        unsigned=unsigned,
+        root_of_trust=root,
         pace=Pace(max_rate) if max_rate else Pace(),
         on_event=(lambda _: None) if quiet else _Progress(),
     )
+
+
+def _root_of_trust(path: Path | None) -> bytes | None:
+    from storage.device.errors import Untrusted
+
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Untrusted(f"--trust {path}: {error.strerror}; 'nestquant keys init' writes a root of trust.") from error
 
 
 class _Progress:

@@ -1,0 +1,176 @@
+"""Commands that sign: make keys, begin and change a store's root of trust, vouch for versions and tags."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jobs.commands.options import Json, Store, print_json
+from jobs.signing import PASSPHRASE, load_keys
+
+RootKeys = Annotated[list[str], typer.Option("--root-key", help="A root key: a PEM file, or env:NAME. Repeatable.")]
+Keys = Annotated[list[str], typer.Option("--key", help="A key: a PEM file, or env:NAME. Repeatable.")]
+Role = Literal["root", "publisher", "online"]
+
+app = typer.Typer(help=f"Keys and the root of trust. Key files may be encrypted: {PASSPHRASE} holds the passphrase.")
+
+
+def register(main: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(epilog="Example: nestquant keys generate publisher.pem")(generate)
+    app.command(
+        epilog="Example: nestquant keys init --store s3://models --root-key root.pem --publisher publisher.pem "
+        "--online online.pem --out root.json"
+    )(init)
+    app.command(epilog="Example: nestquant keys add publisher new.pem --store s3://models --root-key root.pem")(add)
+    app.command(epilog="Example: nestquant keys rotate 3fa4 new.pem --store s3://models --root-key root.pem")(rotate)
+    app.command(epilog="Example: nestquant keys revoke 3fa4 --store s3://models --root-key root.pem")(revoke)
+    app.command(epilog="Example: nestquant keys show --store s3://models")(show)
+    main.add_typer(app, name="keys")
+    main.command(
+        epilog="Example: nestquant sign resnet18 --version 3 --tag latest=3 --key publisher.pem --key online.pem "
+        "--store s3://models"
+    )(sign)
+
+
+def generate(path: Annotated[Path, typer.Argument(metavar="PATH")], *, as_json: Json = False) -> None:
+    """Make an Ed25519 key and keep it in a file that only its owner reads."""
+    from storage.signing_keys import generate_key
+
+    key = generate_key(path, passphrase=os.environ.get(PASSPHRASE)).public_key
+    if as_json:
+        print_json({"path": str(path), "keyid": key.keyid})
+    else:
+        locked = "encrypted" if os.environ.get(PASSPHRASE) else f"not encrypted; set {PASSPHRASE} for that"
+        typer.echo(f"{path}: key {key.keyid[:12]} ({locked}).")
+
+
+def init(
+    *,
+    store: Store,
+    root_key: RootKeys,
+    publisher: Annotated[list[str], typer.Option(help="A key that signs versions and tags. Repeatable.")],
+    online: Annotated[list[str], typer.Option(help="A key that says what is newest, often. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Where to write the root, for devices to be given.")],
+    threshold: Annotated[int, typer.Option(min=1, help="So many root keys must sign a later root.")] = 1,
+) -> None:
+    """Begin a store's root of trust."""
+    from storage import open_store
+    from storage.signing_root import create_root
+
+    publishers = [signer.public_key for signer in load_keys(publisher)]
+    onlines = [signer.public_key for signer in load_keys(online)]
+    raw = create_root(
+        open_store(store), load_keys(root_key), publishers=publishers, online=onlines, threshold=threshold
+    )
+    out.write_bytes(raw)
+    typer.echo(f"{out}: the root of trust of {store}. Give it to devices: nestquant pull ... --trust {out}")
+
+
+def add(
+    role: Annotated[Role, typer.Argument(metavar="ROLE", help="root, publisher or online")],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The new key: a PEM file, or env:NAME.")],
+    *,
+    store: Store,
+    root_key: RootKeys,
+) -> None:
+    """Let one more key sign."""
+    from storage import open_store
+    from storage.signing_root import add_key
+
+    (signer,) = load_keys([key])
+    add_key(open_store(store), role, signer.public_key, load_keys(root_key))
+    typer.echo(f"Key {signer.public_key.keyid[:12]} signs as {role} now.")
+
+
+def rotate(
+    keyid: Annotated[str, typer.Argument(metavar="KEYID", help="How the old key's id begins; 'keys show' has it.")],
+    key: Annotated[str, typer.Argument(metavar="NEW", help="The new key: a PEM file, or env:NAME.")],
+    *,
+    store: Store,
+    root_key: RootKeys,
+) -> None:
+    """Put a new key in the place of an old one. What the old one signed no longer counts: sign again."""
+    _retire(store, keyid, root_key, key)
+
+
+def revoke(
+    keyid: Annotated[str, typer.Argument(metavar="KEYID", help="The beginning of the key's id; 'keys show' has it.")],
+    *,
+    store: Store,
+    root_key: RootKeys,
+) -> None:
+    """Take a key out of every role. What it signed no longer counts: sign again."""
+    _retire(store, keyid, root_key, None)
+
+
+def _retire(uri: str, keyid: str, root_key: list[str], replacement: str | None) -> None:
+    from storage import open_store
+    from storage.signing_root import newest_root, revoke_key
+
+    store = open_store(uri)
+    known = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
+    full = known[0] if len(known) == 1 else keyid
+    (new,) = load_keys([replacement]) if replacement else (None,)
+    revoke_key(store, full, load_keys(root_key), replacement=None if new is None else new.public_key)
+    instead = "" if new is None else f"; {new.public_key.keyid[:12]} signs in its place"
+    typer.echo(f"Key {full[:12]} is revoked{instead}. Sign every model again: nestquant sign NAME --afresh ...")
+
+
+def show(*, store: Store, as_json: Json = False) -> None:
+    """Show which keys may sign what, and until when."""
+    from storage import open_store
+    from storage.signing_root import ROLES, newest_root
+
+    root = newest_root(open_store(store)).signed
+    roles = {role: sorted(root.roles[names[0]].keyids) for role, names in ROLES.items()}
+    if as_json:
+        print_json({"version": root.version, "expires": root.expires.isoformat(), "roles": roles})
+        return
+    typer.echo(f"root version {root.version}, valid until {root.expires:%Y-%m-%d}")
+    for role, keyids in roles.items():
+        typer.echo(f"{role}: {', '.join(keyid[:12] for keyid in keyids)}")
+
+
+def sign(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    *,
+    store: Store,
+    key: Keys,
+    version: Annotated[list[int] | None, typer.Option("--version", help="Vouch for this version. Repeatable.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="TAG=VERSION", help="Vouch for a tag.")] = None,
+    withdraw: Annotated[list[int] | None, typer.Option(help="Take this version back. Repeatable.")] = None,
+    afresh: Annotated[bool, typer.Option("--afresh", help="Forget what was signed before (a revoked key).")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Only say again what is newest (online key).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Vouch for versions and tags, so that devices with the root of trust believe them."""
+    from storage import open_store, signing
+
+    keys, target = load_keys(key), open_store(store)
+    if refresh:
+        signed = signing.refresh(target, name, keys)
+    else:
+        tags = dict(_tag(text) for text in tag or ())
+        signed = signing.sign(
+            target, name, keys, versions=version or (), tags=tags, withdraw=withdraw or (), afresh=afresh
+        )
+    if as_json:
+        document: dict[str, Any] = {"name": name, "edition": signed.edition, "versions": signed.versions}
+        print_json(document | {"tags": signed.tags, "expires": signed.expires.isoformat()})
+        return
+    tags_told = ", ".join(f"{one} -> {number}" for one, number in sorted(signed.tags.items())) or "no tags"
+    typer.echo(
+        f"{name}: edition {signed.edition} vouches for versions {', '.join(map(str, signed.versions)) or 'none'} and "
+        f"{tags_told}; sign again (--refresh) before {signed.expires:%Y-%m-%d %H:%M} UTC."
+    )
+
+
+def _tag(text: str) -> tuple[str, int]:
+    tag, equals, version = text.partition("=")
+    if not equals or not version.isdecimal():
+        raise typer.BadParameter(f"--tag {text!r}: expected TAG=VERSION, such as latest=3.")
+    return tag, int(version)
