@@ -16,7 +16,8 @@ from pathlib import Path
 
 from storage.device.cache import Cache, Installed, State, blobs_of, disk_errors
 from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled
-from storage.device.fetch import Fetcher, Pace, Traffic
+from storage.device.fetch import Fetcher, Traffic
+from storage.device.pace import Pace
 from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
 from storage.device.retry import Retry
@@ -50,7 +51,7 @@ class Device:
 
     def resolve(self, name: str, ref: str = "latest") -> Release:
         """Find a version by tag or number and check its manifest; nothing is written but trusted metadata."""
-        documents = Documents(self._need_source(), self.retry, lambda why, s: self._retrying(name, why, s))
+        documents = Documents(self._need_source(), self.retry, self.pace, lambda why, s: self._retrying(name, why, s))
         if self.unsigned:
             return resolve_unsigned(documents, name, ref)
         from storage.device.trust import Trust  # python-tuf takes 20 MB and 0.3 s

@@ -36,11 +36,13 @@ class HttpClient:
     """GET with what a device needs: time-outs, few redirects and none from https to http, and errors of one line.
 
     ``headers`` (an ``Authorization``, say) go to the first host alone. Proxies come from the environment.
+    ``answer_timeout_s`` bounds status and headers together, however slowly they drip.
     """
 
     headers: Mapping[str, str] = field(default_factory=dict)
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 30.0
+    answer_timeout_s: float = 60.0
 
     @cached_property
     def _pools(self) -> dict[str, PoolManager]:
@@ -93,9 +95,13 @@ class HttpClient:
 
             from urllib3 import PoolManager, ProxyManager, Timeout
 
+            from storage.device.deadline import impatient_pools
+
             timeout = Timeout(connect=self.connect_timeout_s, read=self.read_timeout_s)
             proxy = getproxies().get(scheme)
-            self._pools[scheme] = ProxyManager(proxy, timeout=timeout) if proxy else PoolManager(timeout=timeout)
+            pools = ProxyManager(proxy, timeout=timeout) if proxy else PoolManager(timeout=timeout)
+            pools.pool_classes_by_scheme = impatient_pools(self.answer_timeout_s)
+            self._pools[scheme] = pools
         return self._pools[scheme]
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from storage.blob_store import BlobStore
 from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
+from storage.device.pace import Pace
 from storage.device.retry import OnRetry, Retry
 from storage.errors import AccessDenied, NotFound, PreconditionFailed, StorageError, StoreUnavailable
 
@@ -46,6 +47,7 @@ class Documents:
 
     source: Source
     retry: Retry = field(default_factory=Retry)
+    pace: Pace = field(default_factory=Pace)
     on_retry: OnRetry = lambda _message, _wait_s: None
 
     def read(self, key: str, *, max_bytes: int) -> bytes:
@@ -58,7 +60,7 @@ class Documents:
             announced = body.total_bytes
             if announced is not None and announced > max_bytes:
                 raise SourceError(f"{key}: {announced} bytes announced, at most {max_bytes} accepted", retryable=False)
-            for chunk in body.chunks:
+            for chunk in self.pace.keep(body.chunks, key):
                 data += chunk
                 if len(data) > max_bytes:
                     raise SourceError(f"{key}: more than the {max_bytes} bytes accepted", retryable=False)

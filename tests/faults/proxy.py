@@ -34,7 +34,8 @@ class Answer:
     """What goes back to the client.
 
     ``cut``: stop after so many bytes of it, headers included (``cut_body``: of the body alone); ``reset``: by RST, not
-    FIN; ``pause_s``: after every ``piece_bytes``; ``endless``: zeros follow until the client has enough.
+    FIN; ``pause_s``: after every ``piece_bytes`` (``head_pause_s``: after every byte of the headers); ``endless``:
+    zeros follow until the client has enough.
     """
 
     status: int
@@ -45,6 +46,7 @@ class Answer:
     reset: bool = False
     pause_s: float = 0.0
     piece_bytes: int = 1 << 16
+    head_pause_s: float = 0.0
     endless: bool = False
 
     def head(self) -> bytes:
@@ -96,8 +98,9 @@ class Proxy:
             headers = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
         finally:
             connection.close()
-        if request.method != "HEAD":
-            headers["Content-Length"] = str(len(data))
+        length = response.getheader("Content-Length") if request.method == "HEAD" else str(len(data))
+        if length is not None:
+            headers["Content-Length"] = length
         return Answer(response.status, headers, data)
 
 
@@ -148,6 +151,11 @@ def _send(handler: BaseHTTPRequestHandler, answer: Answer) -> None:
     if cut is not None:
         data = data[: cut if cut >= 0 else len(data) + cut]
     try:
+        if answer.head_pause_s:
+            for byte in data[: len(head)]:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(answer.head_pause_s)
+            data = data[len(head) :]
         for start in range(0, len(data), answer.piece_bytes):
             handler.wfile.write(data[start : start + answer.piece_bytes])
             handler.wfile.flush()
@@ -204,6 +212,11 @@ def body(data: bytes) -> Fault:
 def trickle(piece_bytes: int, pause_s: float) -> Fault:
     """A few bytes at a time."""
     return lambda answer: replace(answer, piece_bytes=piece_bytes, pause_s=pause_s)
+
+
+def drip_head(pause_s: float) -> Fault:
+    """The headers one byte at a time."""
+    return lambda answer: replace(answer, head_pause_s=pause_s)
 
 
 def endless() -> Fault:

@@ -30,9 +30,10 @@ def manifest(origin: Origin) -> Manifest:
 
 @pytest.fixture
 def make(origin: Origin, tmp_path: Path) -> Make:
-    def device(pace: Pace | None = None, retry: Retry = FAST, read_timeout_s: float = 5.0) -> Device:
-        source = HttpSource(origin.url, HttpClient(read_timeout_s=read_timeout_s))
-        return Device(tmp_path / "cache", source, unsigned=True, retry=retry, pace=pace or Pace())
+    def device(pace: Pace | None = None, read_timeout_s: float = 5.0, answer_timeout_s: float = 5.0) -> Device:
+        client = HttpClient(read_timeout_s=read_timeout_s, answer_timeout_s=answer_timeout_s)
+        source = HttpSource(origin.url, client)
+        return Device(tmp_path / "cache", source, unsigned=True, retry=FAST, pace=pace or Pace())
 
     return device
 
@@ -264,6 +265,23 @@ def test_a_trickle_counts_as_a_dead_connection(origin: Origin, manifest: Manifes
     begun = time.monotonic()
     assert device.pull("net").retries >= 1
     assert time.monotonic() - begun < 10
+    whole(device, manifest)
+
+
+def test_headers_that_drip_are_not_waited_for(origin: Origin, manifest: Manifest, make: Make) -> None:
+    origin.proxy.plan = on_shard(manifest, fault.drip_head(0.1))
+    device = make(answer_timeout_s=0.5)
+    begun = time.monotonic()
+    assert device.pull("net").retries == 1
+    assert time.monotonic() - begun < 10
+    whole(device, manifest)
+
+
+def test_documents_that_trickle_are_not_waited_for(origin: Origin, manifest: Manifest, make: Make) -> None:
+    origin.proxy.plan = lambda r: fault.trickle(1, 0.02) if "tags" in r.path and r.attempt == 0 else None
+    device = make(pace=Pace(least=10_000, window_s=0.3))
+    device.pull("net")
+    assert len([request for request in origin.proxy.seen if "tags" in request.path]) == 2
     whole(device, manifest)
 
 

@@ -20,7 +20,7 @@ from storage.layout import manifest_key
 from storage.local import LocalStore
 from storage.memory import MemoryStore
 from storage.signing import Lives, Signed, refresh, sign, trust_key
-from storage.signing_keys import SigningError, generate_key, load_key
+from storage.signing_keys import SigningError, generate_key, load_key, load_public_key
 from storage.signing_root import add_key, create_root, newest_root, revoke_key, root_key
 from tests.storage.device.artifacts import publish
 
@@ -346,6 +346,9 @@ def test_keys_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_key(path)
     with pytest.raises(SigningError, match="never overwritten"):
         generate_key(path)
+    assert load_public_key(tmp_path / "keys/root.pem.pub") == made.public_key
+    with pytest.raises(SigningError, match="not a PEM public key"):
+        load_public_key(path)
     plain = generate_key(tmp_path / "online.pem")
     monkeypatch.setenv("NQ_KEY", (tmp_path / "online.pem").read_text())
     assert load_key("env:NQ_KEY").public_key == plain.public_key
