@@ -15,6 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -112,11 +113,22 @@ class S3Store(BlobStore):
         except boto_errors() as error:
             raise translate(error, operation=operation, key=key, store=self) from error
 
+    @contextmanager
+    def _whole_answer(self, operation: str, key: str) -> Iterator[None]:
+        """Tell an answer without its headers: botocore takes one that was cut there for a whole one."""
+        try:
+            yield
+        except KeyError as error:
+            raise StoreUnavailable(
+                f"{operation} {key} in {self.place}: the answer has no {error}; was it cut, is it S3?", key=key
+            ) from None
+
     @override
     def head(self, key: str) -> ObjectInfo:
         name = self._name(key)
         found = self._guard("HEAD", key, lambda: self.client.head_object(Bucket=self.bucket, Key=name))
-        return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
+        with self._whole_answer("HEAD", key):
+            return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
 
     @override
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
@@ -203,9 +215,10 @@ class S3Store(BlobStore):
             )
         except RangeBeyondEnd:
             return None
-        etag = _bare(answer["ETag"])
+        with self._whole_answer("GET", key):
+            etag, size = _bare(answer["ETag"]), answer["ContentLength"]
         if "ContentRange" not in answer:  # the server ignored the range and sends everything
-            return answer["Body"], etag, offset, answer["ContentLength"]
+            return answer["Body"], etag, offset, size
         match = _CONTENT_RANGE.fullmatch(answer["ContentRange"])
         if match is None or int(match[1]) != offset or match[3] == "*":
             answer["Body"].close()
@@ -240,14 +253,15 @@ class S3Store(BlobStore):
         name = self._name(key)
         call = functools.partial(self.client.put_object, Bucket=self.bucket, Key=name, Body=bytes(data), ContentMD5=md5)
         answer = self._guard("PUT", key, lambda: call(**condition))  # type: ignore[arg-type]
-        return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
+        with self._whole_answer("PUT", key):
+            return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
 
     def _put_parts(self, key: str, data: Data) -> ObjectInfo:
         name, part_bytes = self._name(key), max(8 << 20, -(-len(data) // 10_000))
         client, view = self.client, memoryview(data)
-        upload = self._guard("PUT", key, lambda: client.create_multipart_upload(Bucket=self.bucket, Key=name))[
-            "UploadId"
-        ]
+        begun = self._guard("PUT", key, lambda: client.create_multipart_upload(Bucket=self.bucket, Key=name))
+        with self._whole_answer("PUT", key):
+            upload = begun["UploadId"]
 
         def send() -> None:
             parts: list[CompletedPartTypeDef] = []
@@ -261,7 +275,8 @@ class S3Store(BlobStore):
             client.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload=done)
 
         try:
-            self._guard("PUT", key, send)
+            with self._whole_answer("PUT", key):
+                self._guard("PUT", key, send)
         except BaseException as error:  # also on a signal: parts of an unfinished upload are billed and never listed
             try:
                 self._guard(
@@ -298,16 +313,6 @@ class S3Store(BlobStore):
         iterator = iter(pages)
         while (page := self._guard("LIST", prefix, lambda: next(iterator, None))) is not None:
             yield page
-
-    def presign(self, key: str, *, expires_s: int) -> str:
-        """Return a URL that reads one object for ``expires_s`` seconds without credentials."""
-        name = self._name(key)
-        parameters = {"Bucket": self.bucket, "Key": name}
-        return self._guard(
-            "PRESIGN",
-            key,
-            lambda: self.client.generate_presigned_url("get_object", Params=parameters, ExpiresIn=expires_s),
-        )
 
     def _name(self, key: str) -> str:
         return self.prefix + check_key(key)
