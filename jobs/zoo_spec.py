@@ -192,7 +192,7 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe) -> ZooJob:
-    weights = {key: value for key, value in _weights(spec, entry).items() if value not in (None, False)}
+    weights = _weights(spec, entry)
     if "checkpoint" in weights:
         weights["checkpoint"] = str(weights["checkpoint"]).format(library=library, arch=arch)
     sections = {name: getattr(entry if name in entry.model_fields_set else spec, name) for name in _SECTIONS}
@@ -209,15 +209,8 @@ def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe
 
 def _weights(spec: ZooSpec, entry: ZooEntry) -> dict[str, Any]:
     """Return the entry's source of weights, or the zoo's where the entry names none."""
-    own = {"checkpoint": entry.checkpoint, "pretrained": entry.pretrained, "random_seed": entry.random_seed}
-    return (
-        own
-        if any(value not in (None, False) for value in own.values())
-        else {
-            "pretrained": spec.pretrained,
-            "random_seed": spec.random_seed,
-        }
-    )
+    own = entry.model_dump(include={"checkpoint", "pretrained", "random_seed"}, exclude_defaults=True)
+    return own or spec.model_dump(include={"pretrained", "random_seed"}, exclude_defaults=True)
 
 
 def _words(value: Any) -> str:

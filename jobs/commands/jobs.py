@@ -50,7 +50,7 @@ def quantize(
     from jobs import console
     from jobs.spec import load_spec
 
-    changes = dict(_change(text) for text in change or ())
+    changes = parse_changes(change)
     if store is not None:
         changes["store.uri"] = store
     if single_writer:
@@ -69,6 +69,11 @@ def quantize(
         console.print_result(result)
     if result.gate is not None:
         raise GateError(f"{result.name} version {result.version} is stored, but not tagged: {result.gate}.")
+
+
+def parse_changes(texts: list[str] | None) -> dict[str, Any]:
+    """Return what ``--set KEY=VALUE`` asks for, as dotted keys and YAML values."""
+    return dict(_change(text) for text in texts or ())
 
 
 def _change(text: str) -> tuple[str, Any]:
