@@ -104,6 +104,10 @@ class TestMoto(SwapContract):
     def store(self, moto_s3: S3Server) -> BlobStore:
         return open_store(moto_s3.uri())
 
+    def test_known_failure_a_wrong_secret_is_accepted(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        open_store(store.uri).put("k", b"x", mode="create")
+
     def test_multipart(self, moto_s3: S3Server) -> None:
         _check_multipart(open_store(moto_s3.uri(multipart_bytes=1 << 20)))
 
@@ -140,6 +144,11 @@ class TestRclone(ReadWriteContract):
     @pytest.fixture
     def store(self, rclone_s3: S3Server) -> BlobStore:
         return open_store(rclone_s3.uri())
+
+    def test_wrong_secret(self, store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        with pytest.raises(AccessDenied, match="SignatureDoesNotMatch"):
+            open_store(store.uri).put("k", b"x", mode="create")
 
     def test_known_failure_every_creator_wins(self, store: BlobStore) -> None:
         store.put("k", b"mine", mode="create")
