@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -108,8 +109,8 @@ _HOP = {"transfer-encoding", "connection", "content-length", "keep-alive"}
 
 
 @contextmanager
-def faulty(upstream: str, plan: Plan = lambda _: None) -> Iterator[Proxy]:
-    """Run a proxy before ``upstream`` (``http://host:port``)."""
+def faulty(upstream: str, plan: Plan = lambda _: None, *, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+    """Run a proxy before ``upstream`` (``http://host:port``); with ``tls`` it speaks https to its clients."""
     proxy = Proxy(upstream, plan)
 
     class Handler(BaseHTTPRequestHandler):
@@ -134,7 +135,9 @@ def faulty(upstream: str, plan: Plan = lambda _: None) -> Iterator[Proxy]:
 
     server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    proxy.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

@@ -255,33 +255,33 @@ def test_a_stalled_server_ends_in_a_time_out(origin: Origin, manifest: Manifest,
     begun = time.monotonic()
     device = make(read_timeout_s=0.3)
     assert device.pull("net").retries == 1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     whole(device, manifest)
 
 
 def test_a_trickle_counts_as_a_dead_connection(origin: Origin, manifest: Manifest, make: Make) -> None:
     origin.proxy.plan = on_shard(manifest, fault.trickle(1, 0.02))
-    device = make(pace=Pace(least=10_000, window_s=0.3))
+    device = make(pace=Pace(least=2_000, window_s=1.0))
     begun = time.monotonic()
     assert device.pull("net").retries >= 1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     whole(device, manifest)
 
 
 def test_headers_that_drip_are_not_waited_for(origin: Origin, manifest: Manifest, make: Make) -> None:
-    origin.proxy.plan = on_shard(manifest, fault.drip_head(0.1))
+    origin.proxy.plan = on_shard(manifest, fault.drip_head(1.0))
     device = make(answer_timeout_s=0.5)
     begun = time.monotonic()
     assert device.pull("net").retries == 1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     whole(device, manifest)
 
 
 def test_documents_that_trickle_are_not_waited_for(origin: Origin, manifest: Manifest, make: Make) -> None:
     origin.proxy.plan = lambda r: fault.trickle(1, 0.02) if "tags" in r.path and r.attempt == 0 else None
-    device = make(pace=Pace(least=10_000, window_s=0.3))
+    device = make(pace=Pace(least=2_000, window_s=1.0))
     device.pull("net")
-    assert len([request for request in origin.proxy.seen if "tags" in request.path]) == 2
+    assert len([request for request in origin.proxy.seen if "tags" in request.path]) >= 2
     whole(device, manifest)
 
 
