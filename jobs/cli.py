@@ -65,23 +65,20 @@ zoo.register(app)
 
 def exit_code(error: BaseException) -> Exit:
     """Return the exit code that tells a script what kind of failure it was."""
+    from storage.device import errors as device_errors
+
     kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
         ((GateError,), Exit.GATE),
         ((ClusterError,), Exit.STORE),
         ((BadStoreURI, BadKey), Exit.USAGE),
         ((JobError,), Exit.USAGE),
-        ((NoSpace,), Exit.DISK),
-        ((AccessDenied, StoreUnavailable), Exit.STORE),
-        ((*_integrity_errors(), Corrupt, InvalidManifest, InvalidShard), Exit.INTEGRITY),
+        ((NoSpace, device_errors.NoSpace), Exit.DISK),
+        ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),
+        ((device_errors.ContentError, device_errors.Untrusted), Exit.INTEGRITY),
+        ((Corrupt, InvalidManifest, InvalidShard), Exit.INTEGRITY),
         ((KeyboardInterrupt,), Exit.INTERRUPTED),
     ]
     return next((code for types, code in kinds if isinstance(error, types)), Exit.FAILED)
-
-
-def _integrity_errors() -> tuple[type[BaseException], ...]:
-    from storage.device.errors import ContentError, Untrusted
-
-    return (ContentError, Untrusted)
 
 
 def main() -> None:
@@ -95,6 +92,8 @@ def run(command: Callable[[], object], *, as_json: bool) -> NoReturn:
     """
     try:
         returned = command()
+        if returned == Exit.INTERRUPTED:  # how the framework tells of Ctrl-C
+            raise KeyboardInterrupt
         code = returned if isinstance(returned, int) else Exit.OK
     except typer.Exit as stop:
         code = stop.exit_code

@@ -91,7 +91,7 @@ def make_plan(
         )
     groups, pieces = _group(chosen, spec.store.shard_bytes)
     layers = tuple(_record(layer, pieces[layer.site.name]) for layer in chosen)
-    quantized = {layer.parameter for layer in layers}
+    quantized = {key for layer in chosen for key in layer.site.state_keys}
     base = _base_tasks(
         {name: size for name, (_, size) in state.items() if name not in quantized}, spec.store.shard_bytes
     )

@@ -17,7 +17,7 @@ from nestquant.modules import NestedLayer, from_packed, resident_bytes, set_resi
 from nestquant.nested_weight import Residency
 from nestquant.observers import ActivationQParams
 from nestquant.packing import pack, unpack
-from nestquant.surgery import channel_first_shape, replace
+from nestquant.surgery import channel_first_shape, find_layers, replace
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
 from storage.shard import Int8Array, Shard, UInt8Array, load_tensors, read_shard
 from workers import zoo
@@ -153,7 +153,9 @@ def _load_base(network: nn.Module, manifest: Manifest, blob_path: BlobPath) -> N
         raise ArtifactError(
             f"{manifest.name} version {manifest.version}: the base does not fit {manifest.model.arch}: {error}"
         ) from error
-    quantized = {record.parameter for record in manifest.layers}
+    # A module that stands under two names has its weight twice in the state dict, and once in the shards.
+    names = {record.name for record in manifest.layers}
+    quantized = {key for site in find_layers(network).layers if site.name in names for key in site.state_keys}
     lost = sorted(name for name in set(missing) - quantized if not name.endswith("num_batches_tracked"))
     if lost or unexpected:
         raise ArtifactError(

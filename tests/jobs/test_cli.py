@@ -1,0 +1,283 @@
+"""The command line as a person types it: an hour's worth of mistakes, each one clear line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import cli
+
+Document = Callable[..., dict[str, Any]]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def nestquant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line in this process; return exit code, standard output, standard error."""
+    monkeypatch.delenv("NESTQUANT_STORE", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nestquant", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def spec(tiny_document: Document, tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tiny_document(store__uri=str(tmp_path / "store"))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tiny_checkpoint: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with version 1 of ``tiny``."""
+    from jobs.driver import run_job
+    from jobs.spec import parse_spec
+    from tests.integration.test_job import whole_document
+    from workers.executor import InProcessExecutor
+
+    uri = tmp_path_factory.mktemp("cli") / "store"
+    document = whole_document(tiny_checkpoint, tiny_images, str(uri))
+    run_job(parse_spec(document, where="test"), InProcessExecutor())
+    return uri
+
+
+def test_quantize_prints_one_document_with_json(nestquant: Run, spec: Path) -> None:
+    code, out, err = nestquant("quantize", spec, "--local", "--json", "--set", "evaluate.limit=10")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert (result["name"], result["version"], result["bits"]) == ("tiny", 1, [8, 4])
+    assert [one["total"] for one in result["measured"]] == [10] * 5
+    assert result["stored_bits_per_weight"] == pytest.approx(
+        8 * sum(result["sizes"]["level_bytes"]) / result["sizes"]["weights"]
+    )
+
+
+def test_quantize_prints_a_table_for_people(nestquant: Run, spec: Path) -> None:
+    code, out, err = nestquant("quantize", spec, "--local")
+    assert code == 0
+    assert "tiny version 1 published, tagged latest" in out
+    assert "top-1 %, weights quantized" in out
+    assert "seconds by stage: validate" in out
+    assert "measure what was pulled" in err
+
+
+def test_dry_run_writes_nothing_and_lists_everything(nestquant: Run, spec: Path, tmp_path: Path) -> None:
+    code, out, _ = nestquant("quantize", spec, "--dry-run", "--set", "quantize.ignore=[fc]", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert {"name": "fc", "reason": "ignored by the spec (fc)"} in plan["kept_float"]
+    assert plan["weights"] == sum(
+        int(layer["shape"][0]) * int(layer["shape"][1]) * int(layer["shape"][2]) * int(layer["shape"][3])
+        for layer in plan["layers"]
+    )
+    assert list((tmp_path / "store").rglob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["quantize", "nowhere.yaml"], 2, "nestquant: No spec at nowhere.yaml: there is no such file."),
+        (["quantise"], 2, "No such command 'quantise'"),
+        (["pull"], 2, "Missing argument 'NAME[@REF]'"),
+        (["ls"], 2, "Missing option '--store'"),
+        (["ls", "--store", "ftp://host"], 2, "ftp"),
+        (["ls", "--store", "s3:/bucket"], 2, "'//' is missing after the scheme"),
+        (["ls", "--store", "s3://bucket?endpoint=http://x"], 2, "endpoint_url"),
+        (["ls", "--store", "s3://key:secret@bucket"], 2, "no credentials in a URI"),
+        (["upgrade", "tiny", "--store", "/nowhere/store", "--cache", "no-cache"], 1, "tiny is not in"),
+        (["evaluate", "tiny", "--data", "x.tar"], 2, "give one of --store and --cache"),
+        (["sign", "tiny", "--key", "no.pem", "--store", "memory://x"], 1, "key no.pem: No such file or directory"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(  # noqa: PLR0917 - pytest gives them by name
+    nestquant: Run, words: list[str], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen, out, err = nestquant(*words)
+    assert seen == code
+    assert message in err
+    assert err.startswith("nestquant: ")
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("model.arch=resnet81", 1, "timm has no model 'resnet81'. Did you mean"),
+        ("model.checkpoint=/nowhere.safetensors", 1, "No file at /nowhere.safetensors"),
+        ("calibration.data=/nowhere.tar", 1, "No file at /nowhere.tar"),
+        ("quantize.bits=[4,8]", 2, "expected widths from 1 to 8 that count down"),
+        ("quantise.bits=[8,4]", 2, "unknown key 'quantise'. Did you mean 'quantize'?"),
+        ("quantize.ignore=[nothing*]", 2, "matches none of the"),
+        ("store.uri=/proc/nowhere", 1, "/proc/nowhere"),
+        ("model.kwargs={num_classes: 11, in_chans: 3}", 1, "2 shapes differ"),
+        ("nonsense", 2, "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_value_in_the_spec_names_the_key(
+    nestquant: Run, spec: Path, change: str, code: int, message: str
+) -> None:
+    seen, _, err = nestquant("quantize", spec, "--local", "--set", change)
+    assert (seen, message in err) == (code, True), err
+    assert "Traceback" not in err
+
+
+def test_errors_are_json_where_json_was_asked(nestquant: Run) -> None:
+    code, out, err = nestquant("quantize", "nowhere.yaml", "--json")
+    assert out == ""
+    assert json.loads(err) == {"error": "No spec at nowhere.yaml: there is no such file.", "exit_code": code}
+
+
+def test_the_gate_has_an_exit_code_of_its_own(nestquant: Run, spec: Path) -> None:
+    code, _, err = nestquant("quantize", spec, "--local", "--set", "evaluate.min_part_top1=99.9")
+    assert code == 5
+    assert "tiny version 1 is stored, but not tagged: part-bit top-1 is" in err
+
+
+def test_a_device_session(nestquant: Run, store: Path, tmp_path: Path) -> None:
+    cache = ["--cache", str(tmp_path / "cache")]
+    source = ["--store", str(store)]
+    code, _, err = nestquant("pull", "tiny", *source, *cache)
+    assert code == 4
+    assert "--allow-unsigned" in err or "--trust" in err
+    code, out, _ = nestquant("pull", "tiny@1", *source, *cache, "--allow-unsigned", "--json")
+    pulled = json.loads(out)
+    assert (code, pulled["level"], pulled["version"]) == (0, 0, 1)
+    code, out, _ = nestquant("upgrade", "tiny", *source, *cache, "--level", "1", "--json")
+    assert (code, json.loads(out)["level"]) == (0, 1)
+    code, out, _ = nestquant("upgrade", "tiny", *source, *cache)
+    assert code == 0
+    assert "tiny version 1 runs full-bit (unsigned)" in out
+    code, out, _ = nestquant("verify", "tiny", *cache)
+    assert (code, "whole" in out) == (0, True)
+    code, out, _ = nestquant("downgrade", "tiny", *cache, "--json")
+    assert code == 0
+    assert json.loads(out)["freed_bytes"] > 0
+    blob = max((tmp_path / "cache").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    damaged = bytearray(blob.read_bytes())
+    damaged[100] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(damaged)
+    code, _, err = nestquant("verify", "tiny", *cache, "--discard")
+    assert code == 4
+    assert "the file's SHA-256 is" in err
+    code, _, _ = nestquant("pull", "tiny", *source, *cache, "--allow-unsigned")
+    assert code == 0
+    assert nestquant("verify", "tiny", *cache)[0] == 0
+    assert nestquant("remove", "tiny", *cache)[0] == 0
+
+
+def test_signed_from_keys_to_device(nestquant: Run, store: Path, tmp_path: Path) -> None:
+    keys = {role: str(tmp_path / f"{role}.pem") for role in ("root", "publisher", "online", "next")}
+    for path in keys.values():
+        assert nestquant("keys", "generate", path)[0] == 0
+    source, cache = ["--store", str(store)], ["--cache", str(tmp_path / "cache")]
+    init = ["--root-key", keys["root"], "--publisher", keys["publisher"], "--online", keys["online"]]
+    assert nestquant("keys", "init", *source, *init, "--out", tmp_path / "root.json")[0] == 0
+    trust = ["--trust", str(tmp_path / "root.json")]
+    assert nestquant("pull", "tiny", *source, *cache, *trust)[0] == 4
+    signing = ["--key", keys["publisher"], "--key", keys["online"]]
+    assert nestquant("sign", "tiny", "--tag", "latest=1", *signing, *source)[0] == 0
+    code, out, _ = nestquant("pull", "tiny", *source, *cache, *trust, "--json")
+    assert (code, json.loads(out)["signed"]) == (0, True)
+    shown = json.loads(nestquant("keys", "show", *source, "--json")[1])
+    (publisher,) = shown["roles"]["publisher"]
+    rotate = ["keys", "rotate", publisher[:12], keys["next"], *source, "--root-key", keys["root"]]
+    assert nestquant(*rotate)[0] == 0
+    assert nestquant("sign", "tiny", "--tag", "latest=1", *signing, *source)[0] == 1
+    again = ["--key", keys["next"], "--key", keys["online"]]
+    assert nestquant("sign", "tiny", "--afresh", "--tag", "latest=1", *again, *source)[0] == 0
+    assert nestquant("pull", "tiny", *source, *cache)[0] == 0
+
+
+def test_looking_after_a_store(nestquant: Run, store: Path) -> None:
+    source = ["--store", str(store)]
+    code, out, _ = nestquant("ls", *source, "--json")
+    assert (code, json.loads(out)) == (0, [{"name": "tiny", "tags": {"latest": 1}, "versions": [1]}])
+    code, out, _ = nestquant("inspect", "tiny", *source)
+    assert code == 0
+    assert "conv1.0" in out
+    assert "top-1 part-bit" in out
+    code, out, _ = nestquant("fsck", *source, "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+    code, out, _ = nestquant("doctor", *source, "--json")
+    assert (code, json.loads(out)["healthy"]) == (0, True)
+    code, out, _ = nestquant("gc", *source, "--json")
+    assert (code, json.loads(out)["removed"], json.loads(out)["dry_run"]) == (0, [], True)
+    code, _, err = nestquant("inspect", "tiny@7", *source)
+    assert code == 1
+    assert "no version 7" in err
+
+
+def test_evaluate_from_store_and_offline_from_a_device(
+    nestquant: Run, store: Path, tiny_images: Path, tmp_path: Path
+) -> None:
+    code, out, _ = nestquant("evaluate", "tiny", "--store", store, "--data", tiny_images, "--json")
+    assert code == 0
+    online = {(one["level"], one["activations"]): one["correct"] for one in json.loads(out)["measured"]}
+    assert set(online) == {(level, quantized) for level in (0, 1, 2) for quantized in (False, True)}
+    assert nestquant("pull", "tiny", "--store", store, "--cache", tmp_path / "c", "--allow-unsigned")[0] == 0
+    code, out, _ = nestquant("evaluate", "tiny", "--cache", tmp_path / "c", "--data", tiny_images, "--json")
+    offline = {(one["level"], one["activations"]): one["correct"] for one in json.loads(out)["measured"]}
+    assert (code, offline) == (0, {mode: right for mode, right in online.items() if mode[0] == 0})
+
+
+def test_every_command_has_an_example(nestquant: Run) -> None:
+    groups: dict[str, list[str]] = {"": [], "keys": []}
+    for prefix in groups:
+        code, out, _ = nestquant(*prefix.split(), "--help")
+        assert code == 0
+        commands = [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2].isalpha()]
+        groups[prefix] = [name for name in commands if name != "keys"]
+    assert {"quantize", "pull", "upgrade", "downgrade", "verify", "inspect", "evaluate", "ls"} <= set(groups[""])
+    for prefix, names in groups.items():
+        for name in names:
+            _, out, _ = nestquant(*prefix.split(), name, "--help")
+            assert "Example: nestquant" in out or "Commands" in out, name
+
+
+def test_device_commands_import_neither_torch_nor_numpy() -> None:
+    script = (
+        "import sys; import jobs.cli, storage.device; "
+        "print([name for name in ('torch', 'ray', 'numpy', 'boto3', 'timm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_control_c_says_so_and_the_next_run_completes(spec: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "quantize", str(spec), "--local"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").rglob("blobs/*/*/*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert "Traceback" not in err
+    if running.returncode != 0:  # else it was faster than the signal
+        assert running.returncode == 130
+        assert err.strip().splitlines()[-1] == (
+            "nestquant: Interrupted. Nothing is half-written; the same command goes on where it stopped."
+        )
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(again.stdout)["version"] == 1
