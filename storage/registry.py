@@ -9,6 +9,8 @@ log2 n`` HEAD requests, or two from a good hint.
 from __future__ import annotations
 
 import math
+import random
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _MAX_TAG_BYTES = 4096
 _MAX_REPORT_BYTES = 64 << 20
 _COMMIT_ATTEMPTS = 5
+_COMMIT_PAUSE_S = 0.05
 _CHECK_THREADS = 8
 
 
@@ -213,6 +216,7 @@ class Registry:
                 except NotFound:
                     if attempt == _COMMIT_ATTEMPTS:
                         raise error from None
+                    time.sleep(random.uniform(0, _COMMIT_PAUSE_S * 2**attempt))
         raise AssertionError("unreachable")
 
     def newest_version(self, name: str) -> int:

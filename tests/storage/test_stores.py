@@ -13,7 +13,7 @@ import pytest
 
 from storage.blob_store import BlobStore
 from storage.capabilities import race_create, race_swap
-from storage.errors import AccessDenied, BadKey, NoSpace, PreconditionFailed, StoreUnavailable, UnsafeStore
+from storage.errors import AccessDenied, BadKey, NoSpace, NotFound, PreconditionFailed, StoreUnavailable, UnsafeStore
 from storage.local import LocalStore
 from storage.memory import MemoryStore
 from storage.s3 import S3Store
@@ -167,6 +167,24 @@ def _check_multipart(store: BlobStore) -> None:
     assert written.etag.endswith("-3")
     assert store.head("big").etag == written.etag
     assert store.get("big") == data
+
+
+def test_download_of_the_object_that_a_uri_names(moto_s3: S3Server, tmp_path: Path) -> None:
+    """A checkpoint's name is whatever its owner chose, not a key of ours."""
+    place, _, query = moto_s3.uri().partition("?")
+    folder = open_store(f"{place}?{query}")
+    assert isinstance(folder, S3Store)
+    folder.client.put_object(Bucket=folder.bucket, Key=f"{folder.prefix}My Model.PTH", Body=BIG)
+    named = open_store(f"{place}/My%20Model.PTH?{query}")
+    assert isinstance(named, S3Store)
+    path = named.download(tmp_path / "model.pth")
+    assert path.read_bytes() == BIG
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
+    missing = open_store(f"{place}/none.pth?{query}")
+    assert isinstance(missing, S3Store)
+    with pytest.raises(NotFound, match=r"none\.pth: no such object"):
+        missing.download(tmp_path / "none.pth")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"]
 
 
 def test_multipart_is_aborted_on_failure(moto_s3: S3Server) -> None:
