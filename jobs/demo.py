@@ -82,7 +82,7 @@ def _document(name: str, bits: list[int], *, data: str, calibration: str) -> dic
     return {
         "name": name.lower(),
         "model": {},
-        "quantize": {"bits": bits, "activations": {"bits": 8, "observer": "mse"}},
+        "quantize": {"bits": bits, "activations": {"bits": 8}},
         "calibration": {"data": calibration, "samples": 256},
         "evaluate": {"data": data},
         "store": {"uri": str(FOLDER / "store")},

@@ -77,7 +77,7 @@ class ActivationSpec(Section):
     """
 
     bits: int = Field(default=8, ge=2, le=8)
-    observer: Observer = "mse"
+    observer: Observer = "percentile"
     sigma: float | None = Field(default=None, gt=0)
     percentile: float = Field(default=99.99, gt=50, le=100)
     first_layer: Literal["float", "quantized"] = "float"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from jobs.commands.options import DEFAULT_CACHE, Json, Model, print_json, split_ref
 from jobs.errors import GateError, SpecError
@@ -80,6 +79,8 @@ def _change(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SpecError(f"--set {text!r}: expected KEY=VALUE, such as --set quantize.bits=[8,5].")
+    import yaml
+
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:

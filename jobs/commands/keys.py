@@ -58,8 +58,8 @@ def init(
     threshold: Annotated[int, typer.Option(min=1, help="So many root keys must sign a later root.")] = 1,
 ) -> None:
     """Begin a store's root of trust."""
-    from storage import open_store
     from storage.signing_root import create_root
+    from storage.uri import open_store
 
     publishers = [signer.public_key for signer in load_keys(publisher)]
     onlines = [signer.public_key for signer in load_keys(online)]
@@ -78,8 +78,8 @@ def add(
     root_key: RootKeys,
 ) -> None:
     """Let one more key sign."""
-    from storage import open_store
     from storage.signing_root import add_key
+    from storage.uri import open_store
 
     (signer,) = load_keys([key])
     add_key(open_store(store), role, signer.public_key, load_keys(root_key))
@@ -108,8 +108,8 @@ def revoke(
 
 
 def _retire(uri: str, keyid: str, root_key: list[str], replacement: str | None) -> None:
-    from storage import open_store
     from storage.signing_root import newest_root, revoke_key
+    from storage.uri import open_store
 
     store = open_store(uri)
     known = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
@@ -122,8 +122,8 @@ def _retire(uri: str, keyid: str, root_key: list[str], replacement: str | None) 
 
 def show(*, store: Store, as_json: Json = False) -> None:
     """Show which keys may sign what, and until when."""
-    from storage import open_store
     from storage.signing_root import ROLES, newest_root
+    from storage.uri import open_store
 
     root = newest_root(open_store(store)).signed
     roles = {role: sorted(root.roles[names[0]].keyids) for role, names in ROLES.items()}
@@ -148,7 +148,8 @@ def sign(
     as_json: Json = False,
 ) -> None:
     """Vouch for versions and tags, so that devices with the root of trust believe them."""
-    from storage import open_store, signing
+    from storage import signing
+    from storage.uri import open_store
 
     keys, target = load_keys(key), open_store(store)
     if refresh:

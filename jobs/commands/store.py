@@ -18,7 +18,8 @@ def register(app: typer.Typer) -> None:
 
 def ls(*, store: Store, as_json: Json = False) -> None:
     """List the models in a store, their versions and tags."""
-    from storage import Registry, open_store
+    from storage.registry import Registry
+    from storage.uri import open_store
 
     registry = Registry(open_store(store))
     rows = [
@@ -42,7 +43,8 @@ def ls(*, store: Store, as_json: Json = False) -> None:
 
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
-    from storage import Registry, open_store
+    from storage.registry import Registry
+    from storage.uri import open_store
 
     name, ref = split_ref(model)
     registry = Registry(open_store(store))
@@ -97,7 +99,7 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
 def _report(registry: Any, name: str, version: int) -> dict[str, Any] | None:
     import json
 
-    from storage import NotFound
+    from storage.errors import NotFound
 
     try:
         document: dict[str, Any] = json.loads(registry.get_report(name, version, "job"))
