@@ -1,0 +1,310 @@
+"""Top-1 of every model of the test data at every nesting: ``python -m tests.benchmarks.accuracy_table [MODEL ...]``.
+
+Each row is a real job (`jobs.driver.run_job`) into a local store, pulled back as a device and measured there. The
+results stand in ``docs/results/accuracy.json`` and what stands there under the same job digest is not measured again;
+``accuracy.md`` beside it is written from them. ``--observers`` compares the rules for activation ranges instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from jobs.driver import prepare, run_job
+from jobs.events import StageClock
+from jobs.spec import DEFAULT_SHARD_BYTES, JobSpec, parse_spec
+from storage.device import Device, StoreSource
+from storage.manifest import Manifest
+from storage.shard import read_shard
+from storage.uri import open_store
+from tests.benchmarks.accuracy_report import write_markdown
+from workers import runtime
+from workers.executor import Executor, InProcessExecutor
+from workers.measure import MeasureTask, measure
+from workers.remote import RayExecutor, RaySettings
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("NESTQUANT_TEST_DATA", ROOT.parent / "shared" / "data"))
+RESULTS = ROOT / "docs" / "results" / "accuracy.json"
+BITS = ((8, 7), (8, 6), (8, 5), (8, 4), (8, 3), (6, 4))
+SAMPLES = 256
+OBSERVER = "percentile"  # by --observers: docs/results/observers.md
+OBSERVERS = ("minmax", "percentile", "mse")
+
+IMAGENET = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CIFAR = {"size": 32, "resize": 32, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CIFAR_VIT = {"size": 32, "resize": 32, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2470, 0.2435, 0.2616]}
+VIT_KWARGS = {
+    "img_size": 32,
+    "patch_size": 4,
+    "embed_dim": 128,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "num_classes": 10,
+}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model of the test data, as its README describes it."""
+
+    name: str
+    preprocess: dict[str, Any]
+    calibration: str
+    images: str
+    library: str = "pytorchcv"
+    arch: str = ""
+    kwargs: dict[str, Any] | None = None
+
+    def spec(
+        self, bits: tuple[int, ...], store: Path, *, observer: str = OBSERVER, activation_bits: int = 8
+    ) -> JobSpec:
+        """Return the job of one row."""
+        activations = {"bits": activation_bits, "observer": observer}
+        document = {
+            "name": self.name,
+            "model": {
+                "library": self.library,
+                "arch": self.arch or self.name,
+                "kwargs": self.kwargs or {},
+                "checkpoint": str(DATA / "weights" / f"{self.name}.safetensors"),
+            },
+            "quantize": {"bits": bits, "activations": activations},
+            "preprocess": self.preprocess,
+            "calibration": {"data": str(DATA / "images" / self.calibration), "samples": SAMPLES},
+            "store": {"uri": str(store), "shard_bytes": DEFAULT_SHARD_BYTES},
+        }
+        return parse_spec(document, where=self.name)
+
+    def task(self, spec: JobSpec, mode: str, manifest: Manifest | None, cache: Path | None) -> MeasureTask:
+        """Return the measurement of ``mode``: ``float``, ``full`` or ``part``, with ``_activations`` or without."""
+        level = None if manifest is None else (manifest.level_count() - 1 if mode.startswith("full") else 0)
+        return MeasureTask(
+            mode=mode,
+            level=level,
+            activations=mode.endswith("_activations"),
+            library=self.library,
+            arch=spec.model.arch,
+            kwargs=spec.model.kwargs,
+            source_store=None,
+            source_key=str(spec.model.checkpoint),
+            store_uri=spec.store.uri,
+            name=self.name,
+            version=1,
+            cache=None if cache is None else str(cache),
+            data=str(DATA / "images" / self.images),
+            limit=None,
+            batch_size=5,
+            preprocessing={"interpolation": "bilinear", **self.preprocess},
+        )
+
+
+_IMAGENET_SETS = ("imagenet_sample_1000.tar", "imagenet_val_1300.tar")
+_CIFAR_SETS = ("cifar10_train_4000.npz", "cifar10_test_1000.npz")
+MODELS = (
+    Known("resnet20_cifar10", CIFAR, *_CIFAR_SETS),
+    Known("resnet56_cifar10", CIFAR, *_CIFAR_SETS),
+    Known("vit_cifar10_p4_d128_l4", CIFAR_VIT, *_CIFAR_SETS, "timm", "vit_tiny_patch16_224", VIT_KWARGS),
+    Known("fdmobilenet_wd2", IMAGENET, *_IMAGENET_SETS),
+    Known("menet108_8x1_g3", IMAGENET, *_IMAGENET_SETS),
+    Known("squeezenet_v1_1", IMAGENET, *_IMAGENET_SETS),
+)
+
+
+class Count(BaseModel):
+    """Right answers."""
+
+    correct: int
+    total: int
+    seconds: float
+
+
+class Row(BaseModel):
+    """One job: what it stored and what it reaches.
+
+    ``full_digest`` is that of the full-bit weights and activation ranges; ``integer_bytes`` are the payloads of the
+    shards alone.
+    """
+
+    model: str
+    bits: tuple[int, ...]
+    job: str
+    manifest: str
+    full_digest: str
+    weights: int
+    float_bytes: int
+    base_bytes: int
+    level_bytes: tuple[int, ...]
+    integer_bytes: tuple[int, ...]
+    received_bytes: tuple[int, ...]
+    stage_seconds: dict[str, float]
+    measured: dict[str, Count]
+
+    @property
+    def label(self) -> str:
+        return "|".join(map(str, self.bits))
+
+
+class Results(BaseModel):
+    """Everything measured: float top-1 by model, and the rows."""
+
+    observer: str = OBSERVER
+    samples: int = SAMPLES
+    float_top1: dict[str, Count] = {}
+    rows: list[Row] = []
+
+
+def main() -> None:
+    """Measure what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="default: all")
+    parser.add_argument("--observers", action="store_true", help="compare the rules for activation ranges")
+    parser.add_argument("--cpus", type=int, default=1, help="workers; one runs in this process, without Ray")
+    arguments = parser.parse_args()
+    chosen = [known for known in MODELS if not arguments.models or known.name in arguments.models]
+    with _executor(arguments.cpus) as executor:
+        for known in chosen:
+            (_compare_observers if arguments.observers else _measure_model)(known, executor)
+    if not arguments.observers:
+        write_markdown(RESULTS)
+
+
+@contextmanager
+def _executor(cpus: int) -> Iterator[Executor]:
+    if cpus == 1:
+        yield InProcessExecutor()
+    else:
+        with RayExecutor(RaySettings(num_cpus=cpus)) as executor:
+            yield executor
+
+
+def _measure_model(known: Known, executor: Executor) -> None:
+    results = _load()
+    with tempfile.TemporaryDirectory(prefix="nestquant-table-") as folder:
+        tasks: list[tuple[str, str, MeasureTask]] = []
+        # Recomposition is exact, so that all the nestings of 8 bits have one full-bit model: it is measured once.
+        full_digests: set[str] = set()
+        if known.name not in results.float_top1:
+            spec = known.spec((8, 4), Path(folder) / "float")
+            tasks.append(("", "float", known.task(spec, "float", None, None)))
+        for bits in BITS:
+            store = Path(folder) / "store" / "-".join(map(str, bits))
+            spec = known.spec(bits, store)
+            job = prepare(spec, executor, store, StageClock(lambda _: None)).job
+            results.rows = [
+                row for row in results.rows if (row.model, row.bits) != (known.name, bits) or row.job == job
+            ]
+            if any(row.job == job and len(row.measured) == 4 for row in results.rows):
+                continue
+            row, manifest, cache = _run(known, spec, executor, Path(folder) / "device" / store.name)
+            print(f"{known.name} {row.label}: {row.stage_seconds}", flush=True)
+            results.rows = [*(other for other in results.rows if other.job != job), row]
+            modes = ["part", "part_activations"]
+            if row.full_digest not in full_digests:
+                modes += ["full", "full_activations"]
+            full_digests.add(row.full_digest)
+            tasks += [(job, mode, known.task(spec, mode, manifest, cache)) for mode in modes]
+        for index, measured in executor.map(measure, [task for _, _, task in tasks]):
+            job, mode, _ = tasks[index]
+            assert not measured.skipped, measured.skipped
+            count = Count(correct=measured.correct, total=measured.total, seconds=round(measured.seconds, 1))
+            _record(results, known.name, job, mode, count)
+            print(f"{known.name} {mode} {measured.accuracy.top1:.2f} {count}", flush=True)
+            _save(results)
+        _save(results)
+
+
+def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[Row, Manifest, Path]:
+    """Run the job, pull it as a device and look at what came."""
+    result = run_job(spec, executor)
+    device = Device(cache, StoreSource(open_store(spec.store.uri)), unsigned=True)
+    device.pull(known.name)
+    device.upgrade(known.name)
+    manifest = device.manifest(known.name)
+    row = Row(
+        model=known.name,
+        bits=spec.quantize.bits,
+        job=result.job,
+        manifest=result.digest,
+        full_digest=_full_digest(manifest, device),
+        weights=result.sizes.weights,
+        float_bytes=result.sizes.float_bytes,
+        base_bytes=result.sizes.base_bytes,
+        level_bytes=result.sizes.level_bytes,
+        integer_bytes=tuple(_integer_bytes(manifest, device)),
+        received_bytes=result.pull.level_bytes,
+        stage_seconds={name: round(seconds, 2) for name, seconds in result.seconds.items()},
+        measured={},
+    )
+    return row, manifest, cache
+
+
+def _full_digest(manifest: Manifest, device: Device) -> str:
+    """Return the digest of all that full-bit answers depend on and that the nesting could change."""
+    model = runtime.load(manifest, device.blob_path, level=manifest.level_count() - 1)
+    hasher = hashlib.sha256()
+    for record, module in model.layers():
+        weight = getattr(module, module.parameter)
+        hasher.update(record.name.encode() + weight.detach().numpy().tobytes())
+        hasher.update(repr(record.activation).encode())
+    for blob in manifest.base:
+        hasher.update(blob.digest.encode())
+    return f"sha256:{hasher.hexdigest()}"
+
+
+def _integer_bytes(manifest: Manifest, device: Device) -> Iterator[int]:
+    for level in range(manifest.level_count()):
+        shards = (read_shard(device.blob_path(group.levels[level])) for group in manifest.groups)
+        yield sum(stored.payload.size for shard in shards for stored in shard.integers.values())
+
+
+def _record(results: Results, model: str, job: str, mode: str, count: Count) -> None:
+    if mode == "float":
+        results.float_top1[model] = count
+        return
+    row = next(row for row in results.rows if row.job == job)
+    same = [other for other in results.rows if other.full_digest == row.full_digest] if "full" in mode else [row]
+    for target in same:
+        target.measured[mode] = count
+
+
+def _compare_observers(known: Known, executor: Executor) -> None:
+    """Print top-1 at 8 weight bits with quantized activations, by observer and activation bits, on the same images."""
+    with tempfile.TemporaryDirectory(prefix="nestquant-observers-") as folder:
+        tasks = []
+        for activation_bits in (8, 6):
+            for observer in OBSERVERS:
+                store = Path(folder) / f"{observer}{activation_bits}"
+                spec = known.spec((8,), store, observer=observer, activation_bits=activation_bits)
+                _, manifest, cache = _run(known, spec, executor, Path(folder) / f"device-{store.name}")
+                tasks.append((f"{observer} {activation_bits}", known.task(spec, "full_activations", manifest, cache)))
+        for index, measured in executor.map(measure, [task for _, task in tasks]):
+            error = measured.accuracy.standard_error
+            print(f"{known.name} {tasks[index][0]}: {measured.accuracy.top1:.2f} ({error:.2f})", flush=True)
+
+
+def _load() -> Results:
+    return Results.model_validate_json(RESULTS.read_text()) if RESULTS.exists() else Results()
+
+
+def _save(results: Results) -> None:
+    order = {known.name: place for place, known in enumerate(MODELS)}
+    results.rows.sort(key=lambda row: (order[row.model], BITS.index(row.bits)))
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(results.model_dump_json(indent=1) + "\n")
+    partial.replace(RESULTS)
+
+
+if __name__ == "__main__":
+    main()
