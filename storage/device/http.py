@@ -176,6 +176,8 @@ def _body(response: BaseHTTPResponse, key: str, start: int, etag: str | None) ->
     tag = response.headers.get("ETag", "")
     seen = tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else None  # a weak tag does not tell bytes apart
     begin, total = 0, _number(response.headers.get("Content-Length"))
+    if total is None and "chunked" not in response.headers.get("Transfer-Encoding", "").lower():
+        raise SourceError(f"{key}: the answer does not say where it ends; its headers may have been cut")
     if response.status == 206:
         begin, total = _ranged(response.headers.get("Content-Range", ""), key, start)
         if etag is not None and seen is not None and seen != etag:

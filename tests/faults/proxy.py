@@ -36,7 +36,7 @@ class Answer:
 
     ``cut``: stop after so many bytes of it, headers included (``cut_body``: of the body alone); ``reset``: by RST, not
     FIN; ``pause_s``: after every ``piece_bytes`` (``head_pause_s``: after every byte of the headers); ``endless``:
-    zeros follow until the client has enough.
+    chunks of zeros follow until the client has enough.
     """
 
     status: int
@@ -164,7 +164,7 @@ def _send(handler: BaseHTTPRequestHandler, answer: Answer) -> None:
             handler.wfile.flush()
             time.sleep(answer.pause_s)
         while answer.endless:
-            handler.wfile.write(bytes(1 << 16))
+            handler.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
     except OSError:
         handler.close_connection = True  # the client had enough
         return
@@ -223,5 +223,8 @@ def drip_head(pause_s: float) -> Fault:
 
 
 def endless() -> Fault:
-    """No length, and no end."""
-    return lambda answer: replace(answer.with_header("Content-Length", None), endless=True)
+    """Chunk upon chunk of zeros, and no end."""
+    chunked = ("Transfer-Encoding", "chunked")
+    return lambda answer: replace(
+        answer.with_header("Content-Length", None).with_header(*chunked), body=b"", endless=True
+    )

@@ -121,6 +121,7 @@ FATAL: dict[str, tuple[Fault, str]] = {
     "redirect to itself": (fault.refuse(302, headers={"Location": "?again"}), "more than 5 redirects"),
     "redirect to a file": (fault.refuse(302, headers={"Location": "file:///etc/passwd"}), r"not an http\(s\) address"),
     "endless": (fault.endless(), "more than the 300100 bytes"),
+    "no length": (fault.header("Content-Length", None), "does not say where it ends"),
     "clock skew": (
         fault.refuse(403, "RequestTimeTooSkewed", {"Date": formatdate(time.time() - 7200, usegmt=True)}),
         r"403 RequestTimeTooSkewed; this machine's clock is \+7[12]\d\d s off",
@@ -199,6 +200,17 @@ def test_a_resume_without_an_entity_tag_is_judged_by_the_digest(origin: Origin, 
     whole(device, manifest)
     asked = [request.headers for request in origin.proxy.seen if request.path.endswith(shard_of(manifest))]
     assert (asked[1].get("Range"), asked[1].get("If-Range")) == ("bytes=120000-", None)
+
+
+@pytest.mark.parametrize("cut", [20, 60, 120, 200])
+def test_documents_whose_headers_are_cut(origin: Origin, manifest: Manifest, make: Make, cut: int) -> None:
+    """http.client takes what it has for all the headers: without a length, an empty body would look whole."""
+    cut_once = fault.cut_head(cut, reset=False)
+    origin.proxy.plan = lambda r: cut_once if "models" in r.path and r.attempt == 0 else None
+    device = make()
+    device.pull("net")
+    assert len([request for request in origin.proxy.seen if "models" in request.path]) == 4
+    whole(device, manifest)
 
 
 def test_documents_are_tried_again_too(origin: Origin, manifest: Manifest, make: Make) -> None:

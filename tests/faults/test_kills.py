@@ -33,10 +33,10 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def run_kills(folder: Path, operation: str, stride_bytes: int) -> dict[str, int]:
+def run_kills(folder: Path, operation: str, stride_bytes: int, shard_bytes: int = 700) -> dict[str, int]:
     store = LocalStore(folder / "store")
     for version in (1, 2):
-        publish(store, version=version, groups=2, shard_bytes=700, fresh=[0])
+        publish(store, version=version, groups=2, shard_bytes=shard_bytes, base_bytes=shard_bytes, fresh=[0])
     argv = [
         sys.executable,
         "-m",
@@ -55,7 +55,7 @@ def run_kills(folder: Path, operation: str, stride_bytes: int) -> dict[str, int]
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_killed_at_enumerated_points(memory_folder: Path, operation: str) -> None:
-    figures = run_kills(memory_folder, operation, stride_bytes=193)
+    figures = run_kills(memory_folder, operation, stride_bytes=97)
     assert figures["kills"] == figures["points"] - (1 if figures["bytes"] == 0 else 0)
     assert figures["events"] >= 5
     assert (figures["bytes"] > 0) == (operation in {"pull", "upgrade", "update"})
@@ -64,7 +64,7 @@ def test_killed_at_enumerated_points(memory_folder: Path, operation: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["pull", "upgrade", "update"])
 def test_killed_at_every_byte(memory_folder: Path, operation: str) -> None:
-    figures = run_kills(memory_folder, operation, stride_bytes=1)
+    figures = run_kills(memory_folder, operation, stride_bytes=1, shard_bytes=150)
     assert figures["kills"] == figures["points"] > figures["bytes"]
 
 

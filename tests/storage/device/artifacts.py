@@ -88,6 +88,7 @@ def publish(
     groups: int = 3,
     levels: int = 2,
     shard_bytes: int = 50_000,
+    base_bytes: int = 5_000,
     fresh: Sequence[int] = (),
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Publish ``groups`` x ``levels`` shards. Groups in ``fresh`` get bytes of this version alone."""
@@ -95,6 +96,6 @@ def publish(
         [content(f"{g}/{k}/{version if g in fresh else 0}", shard_bytes + 100 * g + k) for k in range(levels)]
         for g in range(groups)
     ]
-    manifest, blobs = build(name, version, content(f"base/{name}", 5_000), shards)
+    manifest, blobs = build(name, version, content(f"base/{name}", base_bytes), shards)
     put(store, manifest, blobs)
     return manifest, blobs
