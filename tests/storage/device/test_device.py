@@ -69,6 +69,39 @@ def test_upgrade_moves_low_shards_only_and_downgrade_deletes_them_only(
         assert files(device) == base(manifest) | digests(manifest, *range(level + 1))
 
 
+def test_levels_come_one_after_the_other(store: LocalStore, device: Device) -> None:
+    manifest, _ = publish(store, levels=3)
+    seen: list[Event] = []
+    device.on_event = seen.append
+    device.pull("net", level=2)
+    order = [*manifest.base, *(group.levels[level] for level in range(3) for group in manifest.groups)]
+    assert [event.path for event in seen if event.kind == "blob"] == [device.blob_path(blob) for blob in order]
+
+
+def test_downgrade_frees_the_previous_version_too(store: LocalStore, device: Device) -> None:
+    first, _ = publish(store, version=1)
+    device.pull("net", level=1)
+    second, _ = publish(store, version=2, fresh=[0])
+    device.pull("net")
+    both = sum(shard.size_bytes for shard in (first.groups[0].levels[1], *(g.levels[1] for g in second.groups)))
+    assert device.downgrade("net").freed_bytes == both
+    assert device.rollback("net").level == 0
+    assert device.verify("net").whole
+
+
+def test_a_blob_that_was_cut_is_not_held(store: LocalStore, device: Device) -> None:
+    manifest, _ = publish(store)
+    device.pull("net")
+    shard = manifest.groups[1].levels[0]
+    path = device.blob_path(shard)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert device.levels("net") == ()
+    with pytest.raises(NotInstalled, match=shard.digest):
+        device.blob_path(shard)
+    assert device.pull("net").received_bytes == shard.size_bytes
+    assert device.levels("net") == (0,)
+
+
 def test_groups_of_unequal_depth(store: LocalStore, device: Device) -> None:
     groups = [[content("a", 100)], [content("b0", 90), content("b1", 80), content("b2", 70)]]
     manifest, blobs = build("net", 1, b"base", groups)
