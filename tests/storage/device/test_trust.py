@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
+from storage.blob_store import Data, ObjectInfo, PutMode
 from storage.device import Device, Retry, StoreSource
 from storage.device.errors import DeviceError, SourceError, Untrusted
 from storage.errors import InvalidManifest
@@ -295,6 +296,28 @@ def test_concurrent_signers_lose_nothing(publisher: Publisher, tmp_path: Path) -
     assert [device.resolve("net", f"v{version}").manifest.version for version in range(1, 13)] == list(range(1, 13))
     timestamp = json.loads(publisher.store.get(trust_key("net", "timestamp")))
     assert timestamp["signed"]["meta"]["snapshot.json"]["version"] == 12
+
+
+class Overtaken(LocalStore):
+    """Before the first timestamp is written, ``meanwhile`` happens."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
+        if key.endswith("timestamp.json") and self.meanwhile is not None:
+            happens, self.meanwhile = self.meanwhile, None
+            happens()
+        return super().put(key, data, mode=mode)
+
+
+def test_a_slow_signer_does_not_hide_a_faster_one(publisher: Publisher, tmp_path: Path) -> None:
+    for version in (1, 2):
+        publish(publisher.store, version=version, fresh=[0])
+    slow = Overtaken(publisher.store.root)
+    slow.meanwhile = lambda: publisher.sign(tags={"latest": 2})
+    done = sign(slow, "net", [publisher.publisher, publisher.online], tags={"latest": 1})
+    assert (done.edition, done.tags) == (2, {"latest": 2})
+    assert publisher.device(tmp_path / "cache").pull("net").version == 2
 
 
 def test_a_signer_killed_between_two_writes_is_completed(publisher: Publisher, device: Device) -> None:
