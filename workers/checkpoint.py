@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from storage.s3 import S3Store
-from storage.s3_errors import boto_errors, translate
 from storage.uri import open_store
 from workers import zoo
 from workers.errors import CheckpointError, nearest, shown
@@ -42,13 +41,7 @@ def fetch(uri: str, folder: Path) -> Path:
     store = open_store(uri)
     if not isinstance(store, S3Store) or not store.prefix:
         raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
-    key = store.prefix.rstrip("/")
-    path = folder / Path(key).name
-    try:
-        store.client.download_file(store.bucket, key, str(path))
-    except boto_errors() as error:
-        raise translate(error, operation="GET", key=key, store=store) from error
-    return path
+    return store.download(folder / Path(store.prefix.rstrip("/")).name)
 
 
 def to_safetensors(path: Path, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from nestquant.surgery import channel_first
 from storage.errors import AlreadyExists, NotFound, StorageError
 from storage.manifest import MEDIA_TYPE_BASE, canonical_json, piece_key
 from storage.registry import Registry
-from storage.shard import IntegerTensor, build_shard, save_tensors
+from storage.shard import IntegerTensor, build_base, build_shard
 from storage.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
 from workers.tasks import (
@@ -156,7 +156,7 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask) -> _
 
 def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Done:
     tensors = {name: reader.read(name) for name in task.parameters}
-    data = save_tensors({name: _as_numpy(tensor) for name, tensor in tensors.items()}, {})
+    data = build_base({name: _as_numpy(tensor) for name, tensor in tensors.items()})
     descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
     read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return _Done(BaseRecord(index=task.index, descriptor=descriptor), read, descriptor.size_bytes)

@@ -19,7 +19,7 @@ from nestquant.observers import ActivationQParams
 from nestquant.packing import pack, unpack
 from nestquant.surgery import channel_first_shape, find_layers, replace
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
-from storage.shard import Int8Array, Shard, UInt8Array, load_tensors, read_shard
+from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
 from workers import zoo
 from workers.errors import ArtifactError, shown
 
@@ -145,8 +145,8 @@ def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: 
 def _load_base(network: nn.Module, manifest: Manifest, blob_path: BlobPath) -> None:
     state: dict[str, torch.Tensor] = {}
     for descriptor in manifest.base:
-        tensors, _ = load_tensors(blob_path(descriptor))
-        state |= {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
+        tensors = read_base(blob_path(descriptor))
+        state |= {name: torch.from_numpy(array) for name, array in tensors.items()}
     try:
         missing, unexpected = network.load_state_dict(state, strict=False)
     except RuntimeError as error:
