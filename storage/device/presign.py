@@ -44,6 +44,19 @@ class Presigner:
 
 
 def keys_of(manifest: Manifest, *, tags: Iterable[str] = ("latest",)) -> list[str]:
-    """Return every key that a device reads to pull and upgrade a version that is not signed."""
+    """Return every key that a device reads to pull and upgrade a version by the store's word."""
     documents = [manifest_key(manifest.name, manifest.version), *(tag_key(manifest.name, tag) for tag in tags)]
     return documents + [blob_key(blob.digest) for blob in manifest.descriptors()]
+
+
+def trust_keys_of(name: str, *, edition: int, root_version: int) -> list[str]:
+    """Return the keys of the signed documents that come on top: those of an edition, and the chain of roots."""
+    from storage.signing import trust_key  # python-tuf, which an unsigned reader of S3 does without
+    from storage.signing_root import root_key
+
+    documents = [
+        trust_key(name, "timestamp"),
+        trust_key(name, f"{edition}.snapshot"),
+        trust_key(name, f"{edition}.targets"),
+    ]
+    return documents + [root_key(version) for version in range(1, root_version + 1)]

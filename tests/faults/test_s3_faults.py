@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from securesystemslib.signer import CryptoSigner
 
 from storage.device import Device, HttpSource, PresignedSource, Retry, open_source
 from storage.device.errors import SourceDenied, SourceNotFound
 from storage.device.http import UrlIndex
-from storage.device.presign import Presigner, keys_of
+from storage.device.presign import Presigner, keys_of, trust_keys_of
 from storage.manifest import Manifest
 from storage.s3 import S3Store
+from storage.signing import sign
+from storage.signing_root import create_root
 from storage.uri import open_store
 from tests.faults import proxy as fault
 from tests.faults.proxy import Proxy, faulty
@@ -94,16 +97,27 @@ def test_credentials_that_end_in_mid_pull(store: S3Store, proxy: Proxy, manifest
     assert device.verify("net").whole
 
 
+def test_a_signed_version_through_presigned_urls(store: S3Store, manifest: Manifest, tmp_path: Path) -> None:
+    key = CryptoSigner.generate_ed25519()
+    anchor = create_root(store, [key], publishers=[key.public_key], online=[key.public_key])
+    done = sign(store, "net", [key], tags={"latest": 1})
+    signed_keys = trust_keys_of("net", edition=done.edition, root_version=1)
+    index = tmp_path / "index.json"
+    index.write_bytes(Presigner(store).index([*keys_of(manifest, tags=()), *signed_keys]))
+    source = open_source(f"presigned:{index}")
+    device = Device(tmp_path / "cache", source, root_of_trust=anchor, retry=FAST)
+    assert device.pull("net", level=1).signed
+    assert device.verify("net").whole
+
+
 def test_presigned_urls_that_expire_in_mid_pull(
-    store: S3Store, proxy: Proxy, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: S3Store, proxy: Proxy, manifest: Manifest, tmp_path: Path
 ) -> None:
     """The gateway puts a new index in the same place; the device reads it again and goes on."""
     index = tmp_path / "index.json"
     index.write_bytes(Presigner(store, expires_s=600).index(keys_of(manifest)))
     stale = set(json.loads(index.read_bytes())["urls"].values())
     hit = manifest.groups[1].levels[0].digest[7:]
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(f"KEPT_{name}", "")
 
     def expire(request: fault.Request) -> fault.Fault | None:
         if hit not in request.path or not any(url.endswith(request.path) for url in stale):

@@ -339,6 +339,20 @@ def test_a_local_record_lost_to_a_power_cut(publisher: Publisher, device: Device
     assert device.pull("net").signed
 
 
+def test_a_publisher_builds_on_nothing_foreign(publisher: Publisher) -> None:
+    """Else what was signed for one model would be signed again, in good faith, for another."""
+    for name in ("net", "other"):
+        publish(publisher.store, name)
+    publisher.sign("other", tags={"latest": 1})
+    restore(
+        publisher.store, {key.replace("other", "net"): data for key, data in keep(publisher.store, "other").items()}
+    )
+    with pytest.raises(SigningError, match="net: the targets there is of another model"):
+        publisher.sign(tags={"latest": 1})
+    with pytest.raises(SigningError, match="net: the targets there is of another model"):
+        refresh(publisher.store, "net", [publisher.online])
+
+
 def test_only_published_manifests_are_signed(publisher: Publisher) -> None:
     publisher.store.put(manifest_key("net", 1), b"{}", mode="create")
     with pytest.raises(InvalidManifest):
