@@ -18,12 +18,13 @@ help:
 	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
 	@echo "make test       lint, types, imports, tests"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make fuzz       a minute of coverage-guided fuzzing"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
 
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
@@ -45,9 +46,15 @@ test-slow: $(BIN)/.ready
 test-gpu: $(BIN)/.ready
 	$(BIN)/python -m pytest -m gpu
 
+# Coverage-guided fuzzing of everything that a device parses; a minute, bounded memory.
+fuzz: $(BIN)/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev,fuzz]'
+	$(BIN)/python -m tests.fuzz.run -max_total_time=60 -rss_limit_mb=2048 -timeout=10
+
 bench: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.bench_rounding
 	$(BIN)/python -m tests.benchmarks.bench_packing
+	$(BIN)/python -m tests.benchmarks.bench_modules
 
 tables: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.accuracy_table
