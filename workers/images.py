@@ -123,7 +123,8 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
             max(preprocessing.size, round(image.height * factor)),
         )
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
-    left, top = (image.width - preprocessing.size) // 2, (image.height - preprocessing.size) // 2
+    # As torchvision's CenterCrop: an odd margin's half goes to the nearest even offset.
+    left, top = round((image.width - preprocessing.size) / 2), round((image.height - preprocessing.size) / 2)
     image = image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
     pixels = np.asarray(image, dtype=np.float32).reshape(preprocessing.size, preprocessing.size, channels) / np.float32(
         255

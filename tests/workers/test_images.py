@@ -83,6 +83,13 @@ def test_resize_only_shrinks_and_a_small_image_is_enlarged_to_the_crop() -> None
     assert torch.equal(cropped[0, :, 0] * 255, torch.arange(1.0, 8.0))
 
 
+def test_an_odd_margin_is_cut_as_torchvision_cuts_it() -> None:
+    """227 pixels to 224, as the test data's ImageNet images: offset round(1.5) = 2, not 1."""
+    gradient = Image.fromarray(np.tile(np.arange(227, dtype=np.uint8)[:, None, None], (1, 227, 3)))
+    cropped = to_input(gradient, Preprocessing(224, 256, (0.0,) * 3, (1.0,) * 3))
+    assert torch.equal(cropped[0, :, 0] * 255, torch.arange(2.0, 226.0))
+
+
 def test_normalisation_is_per_channel() -> None:
     image = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
     values = to_input(image, Preprocessing(8, None, (0.5, 0.0, 1.0), (0.5, 2.0, 1.0)))[:, 0, 0]
