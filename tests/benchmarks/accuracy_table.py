@@ -65,6 +65,12 @@ class Known:
     library: str = "pytorchcv"
     arch: str = ""
     kwargs: dict[str, Any] | None = None
+    limit: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name and, where not all, how many of the images."""
+        return self.name if self.limit is None else f"{self.name}, first {self.limit} images"
 
     def spec(
         self, bits: tuple[int, ...], store: Path, *, observer: str = OBSERVER, activation_bits: int = 8
@@ -103,8 +109,8 @@ class Known:
             version=1,
             cache=None if cache is None else str(cache),
             data=str(DATA / "images" / self.images),
-            limit=None,
-            batch_size=5,
+            limit=self.limit,
+            batch_size=5 if self.preprocess["size"] > 32 else 50,  # what stays in cache
             preprocessing={"interpolation": "bilinear", **self.preprocess},
         )
 
@@ -117,6 +123,7 @@ MODELS = (
     Known("vit_cifar10_p4_d128_l4", CIFAR_VIT, *_CIFAR_SETS, "timm", "vit_tiny_patch16_224", VIT_KWARGS),
     Known("fdmobilenet_wd2", IMAGENET, *_IMAGENET_SETS),
     Known("menet108_8x1_g3", IMAGENET, *_IMAGENET_SETS),
+    Known("squeezenet_v1_1", IMAGENET, *_IMAGENET_SETS, limit=300),  # what the published figures are of
     Known("squeezenet_v1_1", IMAGENET, *_IMAGENET_SETS),
 )
 
@@ -191,35 +198,33 @@ def _executor(cpus: int) -> Iterator[Executor]:
 def _measure_model(known: Known, executor: Executor) -> None:
     results = _load()
     with tempfile.TemporaryDirectory(prefix="nestquant-table-") as folder:
-        tasks: list[tuple[str, str, MeasureTask]] = []
+        tasks: list[tuple[tuple[int, ...], str, MeasureTask]] = []
         # Recomposition is exact, so that all the nestings of 8 bits have one full-bit model: it is measured once.
         full_digests: set[str] = set()
-        if known.name not in results.float_top1:
+        if known.title not in results.float_top1:
             spec = known.spec((8, 4), Path(folder) / "float")
-            tasks.append(("", "float", known.task(spec, "float", None, None)))
+            tasks.append(((), "float", known.task(spec, "float", None, None)))
         for bits in BITS:
             store = Path(folder) / "store" / "-".join(map(str, bits))
             spec = known.spec(bits, store)
             job = prepare(spec, executor, store, StageClock(lambda _: None)).job
-            results.rows = [
-                row for row in results.rows if (row.model, row.bits) != (known.name, bits) or row.job == job
-            ]
-            if any(row.job == job and len(row.measured) == 4 for row in results.rows):
+            standing = [row for row in results.rows if (row.model, row.bits) == (known.title, bits)]
+            if any(row.job == job and len(row.measured) == 4 for row in standing):
                 continue
             row, manifest, cache = _run(known, spec, executor, Path(folder) / "device" / store.name)
-            print(f"{known.name} {row.label}: {row.stage_seconds}", flush=True)
-            results.rows = [*(other for other in results.rows if other.job != job), row]
+            print(f"{known.title} {row.label}: {row.stage_seconds}", flush=True)
+            results.rows = [*(other for other in results.rows if other not in standing), row]
             modes = ["part", "part_activations"]
             if row.full_digest not in full_digests:
                 modes += ["full", "full_activations"]
             full_digests.add(row.full_digest)
-            tasks += [(job, mode, known.task(spec, mode, manifest, cache)) for mode in modes]
+            tasks += [(bits, mode, known.task(spec, mode, manifest, cache)) for mode in modes]
         for index, measured in executor.map(measure, [task for _, _, task in tasks]):
-            job, mode, _ = tasks[index]
+            of_bits, mode, _ = tasks[index]
             assert not measured.skipped, measured.skipped
             count = Count(correct=measured.correct, total=measured.total, seconds=round(measured.seconds, 1))
-            _record(results, known.name, job, mode, count)
-            print(f"{known.name} {mode} {measured.accuracy.top1:.2f} {count}", flush=True)
+            _record(results, known.title, of_bits, mode, count)
+            print(f"{known.title} {mode} {measured.accuracy.top1:.2f} {count}", flush=True)
             _save(results)
         _save(results)
 
@@ -232,7 +237,7 @@ def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[
     device.upgrade(known.name)
     manifest = device.manifest(known.name)
     row = Row(
-        model=known.name,
+        model=known.title,
         bits=spec.quantize.bits,
         job=result.job,
         manifest=result.digest,
@@ -268,12 +273,13 @@ def _integer_bytes(manifest: Manifest, device: Device) -> Iterator[int]:
         yield sum(stored.payload.size for shard in shards for stored in shard.integers.values())
 
 
-def _record(results: Results, model: str, job: str, mode: str, count: Count) -> None:
+def _record(results: Results, model: str, bits: tuple[int, ...], mode: str, count: Count) -> None:
     if mode == "float":
         results.float_top1[model] = count
         return
-    row = next(row for row in results.rows if row.job == job)
-    same = [other for other in results.rows if other.full_digest == row.full_digest] if "full" in mode else [row]
+    rows = [row for row in results.rows if row.model == model]
+    row = next(row for row in rows if row.bits == bits)
+    same = [other for other in rows if other.full_digest == row.full_digest] if "full" in mode else [row]
     for target in same:
         target.measured[mode] = count
 
@@ -298,7 +304,7 @@ def _load() -> Results:
 
 
 def _save(results: Results) -> None:
-    order = {known.name: place for place, known in enumerate(MODELS)}
+    order = {known.title: place for place, known in enumerate(MODELS)}
     results.rows.sort(key=lambda row: (order[row.model], BITS.index(row.bits)))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     partial = RESULTS.with_suffix(".partial")
