@@ -154,7 +154,6 @@ class Row(BaseModel):
     level_bytes: tuple[int, ...]
     integer_bytes: tuple[int, ...]
     received_bytes: tuple[int, ...]
-    stage_seconds: dict[str, float]
     measured: dict[str, Count]
 
     @property
@@ -212,7 +211,6 @@ def _measure_model(known: Known, executor: Executor) -> None:
             if any(row.job == job and len(row.measured) == 4 for row in standing):
                 continue
             row, manifest, cache = _run(known, spec, executor, Path(folder) / "device" / store.name)
-            print(f"{known.title} {row.label}: {row.stage_seconds}", flush=True)
             results.rows = [*(other for other in results.rows if other not in standing), row]
             modes = ["part", "part_activations"]
             if row.full_digest not in full_digests:
@@ -232,6 +230,10 @@ def _measure_model(known: Known, executor: Executor) -> None:
 def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[Row, Manifest, Path]:
     """Run the job, pull it as a device and look at what came."""
     result = run_job(spec, executor)
+    print(
+        f"{known.title} {spec.quantize.bits}: { ({name: round(s, 2) for name, s in result.seconds.items()}) }",
+        flush=True,
+    )
     device = Device(cache, StoreSource(open_store(spec.store.uri)), unsigned=True)
     device.pull(known.name)
     device.upgrade(known.name)
@@ -248,7 +250,6 @@ def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[
         level_bytes=result.sizes.level_bytes,
         integer_bytes=tuple(_integer_bytes(manifest, device)),
         received_bytes=result.pull.level_bytes,
-        stage_seconds={name: round(seconds, 2) for name, seconds in result.seconds.items()},
         measured={},
     )
     return row, manifest, cache

@@ -19,7 +19,7 @@ def main() -> None:
     lines = [
         "**Top-1 on real networks.** Percent, weights only / with 8-bit activations, measured on what a device pulled "
         "back from the store; *published*: the published implementation on the same images with its own activation "
-        "ranges. SqueezeNet's published figures are of 300 images with float 74.0, ours of all 1,300.",
+        "ranges.",
         "",
         *accuracy_report.table(accuracy),
         "",
