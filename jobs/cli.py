@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.commands import device, jobs, keys, maintain, store, zoo
+from jobs.commands import cluster, device, jobs, keys, maintain, store, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -61,6 +61,7 @@ store.register(app)
 maintain.register(app)
 keys.register(app)
 zoo.register(app)
+cluster.register(app)
 
 
 def exit_code(error: BaseException) -> Exit:

@@ -1,0 +1,76 @@
+"""A Ray head with the Jobs API, in a process group of its own, that ends with the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_START_S = 180
+
+
+@contextmanager
+def ray_head(num_cpus: int) -> Iterator[str]:
+    """Start a head and yield its Jobs API's address; sockets want a short path, so its files do not lie in tmp_path."""
+    folder = tempfile.mkdtemp(prefix="nq", dir="/tmp")
+    gcs, dashboard = _free_ports(2)
+    programs = Path(sys.executable).parent
+    command = [
+        *(str(programs / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}", "--include-dashboard=true"),
+        *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats"),
+    ]
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint says 'python'
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    log = Path(folder) / "start.log"
+    with log.open("wb") as stream:
+        head = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+    try:
+        _await(f"http://127.0.0.1:{dashboard}/api/version", head, log)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        try:
+            head.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    give_up = time.monotonic() + _START_S
+    while time.monotonic() < give_up:
+        if head.poll() is not None:
+            raise RuntimeError(f"ray start ended with {head.returncode}: {log.read_text(errors='replace')[-2000:]}")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise RuntimeError(f"no Jobs API at {url} after {_START_S} s: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -1,0 +1,182 @@
+"""Jobs on a real cluster through Ray's Jobs API: one job however often submitted, a record that outlives its driver."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.driver import run_job
+from jobs.errors import ClusterError, JobError
+from jobs.identity import request_digest
+from jobs.record import JobRecord, find_job, requests
+from jobs.spec import JobSpec, parse_spec
+from jobs.submit import Cluster, cancel, job_state, portable, retry, submit, wait
+from storage.memory import MemoryStore
+from storage.uri import open_store
+from tests.integration.ray_head import ray_head
+from workers.executor import InProcessExecutor
+
+Document = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, ray_head(num_cpus=2) as address:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield address
+
+
+def spec(checkpoint: Path, uri: str, **keys: Any) -> JobSpec:
+    document = {
+        "name": "tiny",
+        "model": {
+            "library": "timm",
+            "arch": "test_resnet",
+            "kwargs": {"num_classes": 10, "in_chans": 3},
+            "checkpoint": str(checkpoint),
+        },
+        "preprocess": {"size": 32},
+        "store": {"uri": uri},
+        "cluster": {"task_weights": 50_000},
+        **keys,
+    }
+    return parse_spec(document, where="test")
+
+
+def test_a_job_runs_on_the_cluster_once_however_often_it_is_submitted(
+    head: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    here = run_job(spec(tiny_checkpoint, str(tmp_path / "here")), InProcessExecutor())
+    asked = spec(tiny_checkpoint, str(tmp_path / "there"))
+    record, attempt, new = submit(asked, head)
+    again, same, renewed = submit(asked.model_copy(update={"cluster": here_cluster(asked)}), head)
+    assert (new, renewed) == (True, False)
+    assert (again.request, same) == (record.request, attempt)
+    assert attempt.submission_id == f"{record.request.removeprefix('sha256:')}-1"
+
+    seen: list[str] = []
+    state = wait(record, pending_timeout_s=300, on_state=lambda one: seen.append(one.status))
+    assert state.status == "SUCCEEDED", (state.message, state.end and state.end.traceback)
+    assert set(seen) <= {"PENDING", "RUNNING", "SUCCEEDED"}
+    assert state.end is not None
+    assert state.end.result is not None
+    assert state.end.result.digest == here.digest
+    assert state.end.result.work.reused == 0
+
+    third = submit(asked, head)
+    assert third[1:] == (attempt, False)  # done is done
+    log = record.log(1)
+    assert log is not None
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert {(line["job"], line["model"], line["attempt"]) for line in lines} == {(record.request, "test_resnet", 1)}
+    assert (lines[-1]["kind"], lines[-1]["digest"]) == ("succeeded", here.digest)
+
+    store = str(tmp_path / "there")
+    short = record.request.removeprefix("sha256:")[:8]
+    told = CliRunner().invoke(app, ["jobs", "result", short, "--store", store, "--json"])
+    assert json.loads(told.stdout)["digest"] == here.digest
+    listed = CliRunner().invoke(app, ["jobs", "ls", "--store", store, "--json"])
+    assert [(row["job"], row["status"], row["name"]) for row in json.loads(listed.stdout)] == [
+        (record.request, "SUCCEEDED", "tiny")
+    ]
+
+
+def here_cluster(asked: JobSpec) -> Any:
+    return asked.cluster.model_copy(update={"max_retries": 1})
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_retried_and_only_the_rest_is_done(head: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    here = run_job(spec(tiny_checkpoint, str(tmp_path / "here"), store=fine(tmp_path / "here")), InProcessExecutor())
+    asked = spec(tiny_checkpoint, "", store=fine(tmp_path / "there"), cluster={"task_weights": 1})
+    record, attempt, _ = submit(asked, head)
+    units = tmp_path / "there" / "jobs" / here.job.removeprefix("sha256:") / "units"
+    give_up = time.monotonic() + 240
+    while len(list(units.glob("*.json"))) < 3 and time.monotonic() < give_up:
+        time.sleep(0.05)
+    stopped = cancel(record)
+    assert stopped.status in ("STOPPED", "SUCCEEDED")
+    if stopped.status == "STOPPED":
+        assert Cluster(head).status(attempt)[0] in ("STOPPED", "FAILED")
+        finished = len(list(units.glob("*.json")))
+        time.sleep(2)
+        assert len(list(units.glob("*.json"))) == finished  # no orphan goes on working
+        _, second, new = retry(record, Cluster(head))
+        assert (second.number, new) == (2, True)
+        state = wait(record, on_state=lambda _: None)
+        assert state.end is not None
+        assert state.end.result is not None, state.end.traceback
+        assert (state.status, state.end.result.digest) == ("SUCCEEDED", here.digest)
+        assert state.end.result.work.reused == finished
+
+
+def fine(folder: Path) -> dict[str, Any]:
+    return {"uri": str(folder), "shard_bytes": 4096}
+
+
+@pytest.mark.slow
+def test_a_failing_job_leaves_its_error_and_traceback_in_the_store(
+    head: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    record, _, _ = submit(spec(tiny_checkpoint, str(tmp_path / "s"), quantize={"ignore": ["nothing.*"]}), head)
+    state = wait(record, on_state=lambda _: None)
+    assert state.status == "FAILED"
+    assert state.message is not None
+    assert state.message.startswith("quantize.ignore: 'nothing.*' matches none of the")
+    assert state.end is not None
+    assert "PlanError" in (state.end.traceback or "")
+
+
+def test_two_submitters_claim_an_attempt_once() -> None:
+    record = JobRecord(MemoryStore(), f"sha256:{'1' * 64}")
+    first, second = record.claim(1, "http://a"), record.claim(1, "http://b")
+    assert first is not None
+    assert second is None
+    assert record.latest() == first
+    assert first.submission_id == f"{'1' * 64}-1"
+
+
+def test_a_cluster_out_of_reach_is_one_clear_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"No Jobs API at http://127.0.0.1:9: "):
+        submit(spec(tiny_checkpoint, str(tmp_path / "s")), "http://127.0.0.1:9")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_job_whose_cluster_is_gone_is_lost_until_it_has_left_its_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "s"))
+    asked = spec(tiny_checkpoint, store.uri)
+    record = JobRecord(store, request_digest(asked))
+    assert record.ask(asked) == asked
+    record.claim(1, "http://127.0.0.1:9")
+    record.beat(1, "quantize", 3, 9)
+    state = job_state(record)
+    assert (state.status, state.progress and state.progress.done) == ("LOST", 3)
+    assert requests(store) == [record.request]
+    assert find_job(store, record.request[7:15]).request == record.request
+    with pytest.raises(JobError, match="give 6 digits or more"):
+        find_job(store, record.request[7:10])
+
+
+def test_local_inputs_go_into_the_store_under_their_digest(tiny_checkpoint: Path) -> None:
+    store = MemoryStore.named("portable")
+    moved = portable(spec(tiny_checkpoint, "memory://portable"), store)
+    assert moved.model.checkpoint is not None
+    place, name = moved.model.checkpoint.rsplit("/inputs/", 1)
+    assert place == store.uri
+    assert name.endswith(".safetensors")
+    assert store.get(f"inputs/{name}") == tiny_checkpoint.read_bytes()
+
+
+def test_a_folder_of_images_cannot_travel_and_says_so(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    asked = spec(tiny_checkpoint, "memory://portable2", evaluate={"data": str(tmp_path)})
+    with pytest.raises(
+        JobError, match=r"evaluate.data: .* is a folder on this machine; give a tar, an npz or an s3:// URI"
+    ):
+        portable(asked, MemoryStore.named("portable2"))
