@@ -12,7 +12,7 @@ KILL_FACTOR = 2
 """A task that is still stuck in compiled code after so many times its time-out is ended with its process."""
 
 
-class TaskTimeout(Exception):  # noqa: N818 - the name says what happened
+class TaskTimeout(Exception):
     """The task ran longer than it may."""
 
 

@@ -12,7 +12,6 @@ WorkError
 └── Stopped          the work was cancelled
 """
 
-# ruff: noqa: N818 - the names say what happened, as the built-in ones of this kind do
 from __future__ import annotations
 
 import difflib
