@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jobs.commands.options import console as new_console
 from jobs.commands.options import size
 from jobs.driver import Prepared
 from jobs.events import Event, Listener
@@ -35,7 +36,7 @@ _WORDS = {
 
 
 @contextmanager
-def executor(cluster: ClusterSpec, *, local: bool) -> Iterator[Executor]:
+def executor(cluster: ClusterSpec, *, local: bool, json_logs: bool = False) -> Iterator[Executor]:
     """Yield who does the work: this process with ``local``, else the Ray cluster that the spec names."""
     if local:
         yield InProcessExecutor()
@@ -50,6 +51,7 @@ def executor(cluster: ClusterSpec, *, local: bool) -> Iterator[Executor]:
         max_retries=cluster.max_retries,
         task_timeout_s=cluster.task_timeout_s,
         node_timeout_s=0 if cluster.address == "local" else cluster.node_timeout_s,
+        json_logs=json_logs,
     )
     with RayExecutor(settings) as ray_executor:
         yield ray_executor
@@ -61,7 +63,7 @@ def listener(*, quiet: bool) -> Iterator[Listener]:
 
     All of it on standard error.
     """
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     if quiet:
         yield lambda _: None
     elif console.is_terminal:
@@ -112,7 +114,7 @@ def _lines(console: Console) -> Listener:
 
 def print_result(result: JobResult) -> None:
     """Print what a job found as one table, a column for each mode, and a line for what else is worth knowing."""
-    console = Console()
+    console = new_console()
     state = "published" if result.created else "was published already"
     tags = f", tagged {', '.join(result.tags)}" if result.tags else ", not tagged"
     console.print(f"\n[bold]{result.name}[/] version {result.version} {state}{tags}")
@@ -169,7 +171,7 @@ def _top1(measured: Sequence[Measured], level: int | None, *, activations: bool)
 
 def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:
     """Print accuracy by mode."""
-    console = Console()
+    console = new_console()
     console.print(f"[bold]{manifest.name}[/] version {manifest.version}")
     console.print(_accuracy_table(measured))
 
@@ -211,7 +213,7 @@ def plan_document(prepared: Prepared) -> dict[str, Any]:
 
 def print_plan(prepared: Prepared) -> None:
     """Print the plan: layers in execution order, shards, tasks, memory, and what stays float."""
-    plan, console = prepared.plan, Console()
+    plan, console = prepared.plan, new_console()
     table = Table("layer", "kind", "shape", "bits", "scheme", "shard groups")
     for layer in plan.layers:
         groups = (

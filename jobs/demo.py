@@ -20,6 +20,7 @@ from torch import nn
 
 from jobs import console
 from jobs.cli import run
+from jobs.commands.options import console as new_console
 from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.result import JobResult
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    out = Console()
+    out = new_console()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
     bits = yaml.safe_load(arguments.bits)

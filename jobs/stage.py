@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from jobs.spec import ModelSpec, PreprocessSpec
@@ -109,7 +110,7 @@ def _order(
     """Trace the order of execution without computing anything; some networks do not run on the meta device, and are
     listed as registered.
     """
-    example = zoo.example_input(spec.library, network, preprocessing.size, device="meta")
+    example = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size, device="meta")
     try:
         traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises

@@ -20,7 +20,7 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
     └── UnsafeStore          the store has no working put-if-absent, so two publishers could overwrite each other
 """
 
-# ruff: noqa: N818 - the names say what happened, as the built-in ones of this kind do
+
 from __future__ import annotations
 
 

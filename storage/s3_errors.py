@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from storage.s3 import S3Store
 
 
-class RangeBeyondEnd(StorageError):  # noqa: N818
+class RangeBeyondEnd(StorageError):
     """``416``: the range begins at or beyond the end of the object. Stays inside `storage.s3`."""
 
 

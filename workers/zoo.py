@@ -141,10 +141,3 @@ def default_preprocessing(library: str, model: nn.Module) -> Preprocessing:
     channels = int(getattr(model, "in_channels", 3))
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
     return Preprocessing(size=size, resize=round(size / 0.875) if size >= 128 else None, mean=mean, std=std)
-
-
-def example_input(library: str, model: nn.Module, size: int | None = None, *, device: str = "cpu") -> torch.Tensor:
-    """Return zeros of shape (1, C, H, W) that the network accepts."""
-    preprocessing = default_preprocessing(library, model)
-    side = size or preprocessing.size
-    return torch.zeros(1, len(preprocessing.mean), side, side, device=device)

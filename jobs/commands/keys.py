@@ -22,11 +22,11 @@ def register(main: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: nestquant keys generate publisher.pem")(generate)
     app.command(
-        epilog="Example: nestquant keys init --store s3://models --root-key root.pem --publisher publisher.pem "
-        "--online online.pem --out root.json"
+        epilog="Example: nestquant keys init --store s3://models --root-key root.pem --publisher publisher.pem.pub "
+        "--online online.pem.pub --out root.json"
     )(init)
-    app.command(epilog="Example: nestquant keys add publisher new.pem --store s3://models --root-key root.pem")(add)
-    app.command(epilog="Example: nestquant keys rotate 3fa4 new.pem --store s3://models --root-key root.pem")(rotate)
+    app.command(epilog="Example: nestquant keys add publisher new.pem.pub --store s3://models --root-key root.pem")(add)
+    app.command(epilog="Example: nestquant keys rotate 3fa4 new.pem.pub --store s3://m --root-key root.pem")(rotate)
     app.command(epilog="Example: nestquant keys revoke 3fa4 --store s3://models --root-key root.pem")(revoke)
     app.command(epilog="Example: nestquant keys show --store s3://models")(show)
     main.add_typer(app, name="keys")
@@ -52,17 +52,20 @@ def init(
     *,
     store: Store,
     root_key: RootKeys,
-    publisher: Annotated[list[str], typer.Option(help="A key that signs versions and tags. Repeatable.")],
-    online: Annotated[list[str], typer.Option(help="A key that says what is newest, often. Repeatable.")],
+    publisher: Annotated[
+        list[Path], typer.Option(help="Public half of a key that signs versions and tags. Repeatable.")
+    ],
+    online: Annotated[list[Path], typer.Option(help="Public half of a key that says what is newest. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Where to write the root, for devices to be given.")],
     threshold: Annotated[int, typer.Option(min=1, help="So many root keys must sign a later root.")] = 1,
 ) -> None:
     """Begin a store's root of trust."""
+    from storage.signing_keys import load_public_key
     from storage.signing_root import create_root
     from storage.uri import open_store
 
-    publishers = [signer.public_key for signer in load_keys(publisher)]
-    onlines = [signer.public_key for signer in load_keys(online)]
+    publishers = [load_public_key(place) for place in publisher]
+    onlines = [load_public_key(place) for place in online]
     raw = create_root(
         open_store(store), load_keys(root_key), publishers=publishers, online=onlines, threshold=threshold
     )
@@ -72,23 +75,24 @@ def init(
 
 def add(
     role: Annotated[Role, typer.Argument(metavar="ROLE", help="root, publisher or online")],
-    key: Annotated[str, typer.Argument(metavar="KEY", help="The new key: a PEM file, or env:NAME.")],
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="The new key's public half: a .pub file.")],
     *,
     store: Store,
     root_key: RootKeys,
 ) -> None:
     """Let one more key sign."""
+    from storage.signing_keys import load_public_key
     from storage.signing_root import add_key
     from storage.uri import open_store
 
-    (signer,) = load_keys([key])
-    add_key(open_store(store), role, signer.public_key, load_keys(root_key))
-    typer.echo(f"Key {signer.public_key.keyid[:12]} signs as {role} now.")
+    public = load_public_key(key)
+    add_key(open_store(store), role, public, load_keys(root_key))
+    typer.echo(f"Key {public.keyid[:12]} signs as {role} now.")
 
 
 def rotate(
     keyid: Annotated[str, typer.Argument(metavar="KEYID", help="How the old key's id begins; 'keys show' has it.")],
-    key: Annotated[str, typer.Argument(metavar="NEW", help="The new key: a PEM file, or env:NAME.")],
+    key: Annotated[Path, typer.Argument(metavar="NEW", help="The new key's public half: a .pub file.")],
     *,
     store: Store,
     root_key: RootKeys,
@@ -107,16 +111,17 @@ def revoke(
     _retire(store, keyid, root_key, None)
 
 
-def _retire(uri: str, keyid: str, root_key: list[str], replacement: str | None) -> None:
+def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None) -> None:
+    from storage.signing_keys import load_public_key
     from storage.signing_root import newest_root, revoke_key
     from storage.uri import open_store
 
     store = open_store(uri)
     known = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
     full = known[0] if len(known) == 1 else keyid
-    (new,) = load_keys([replacement]) if replacement else (None,)
-    revoke_key(store, full, load_keys(root_key), replacement=None if new is None else new.public_key)
-    instead = "" if new is None else f"; {new.public_key.keyid[:12]} signs in its place"
+    new = None if replacement is None else load_public_key(replacement)
+    revoke_key(store, full, load_keys(root_key), replacement=new)
+    instead = "" if new is None else f"; {new.keyid[:12]} signs in its place"
     typer.echo(f"Key {full[:12]} is revoked{instead}. Sign every model again: nestquant sign NAME --afresh ...")
 
 

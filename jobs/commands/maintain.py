@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.commands.options import Json, Store, print_json, size
+from jobs.commands.options import Json, Store, console, print_json, size
 
 _DAY_S = 86_400.0
 _MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
@@ -34,13 +34,12 @@ def doctor(*, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json({"store": store, "healthy": not failed, "checks": [asdict(check) for check in checks]})
     else:
-        from rich.console import Console
         from rich.table import Table
 
         table = Table("check", "holds", "what was seen")
         for check in checks:
             table.add_row(check.name, _MARKS[check.status], check.detail)
-        Console().print(table)
+        console().print(table)
     if failed:
         raise UnsafeStore(f"{store}: {len(failed)} of {len(checks)} checks failed, {failed[0].name!r} first.")
 

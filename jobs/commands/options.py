@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN_WIDTH = 140
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Store = Annotated[
     str,
@@ -26,6 +30,14 @@ Model = Annotated[
     ),
 ]
 DEFAULT_CACHE = Path("nestquant-cache")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that never breaks a sentence, and is wide where nobody watches, so that logs keep whole rows."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, soft_wrap=True)
+    return made if made.is_terminal else Console(stderr=stderr, soft_wrap=True, width=PLAIN_WIDTH)
 
 
 def split_ref(model: str) -> tuple[str, str]:

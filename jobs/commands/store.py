@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from jobs.commands.options import Json, Model, Store, print_json, size, split_ref
+from jobs.commands.options import Json, Model, Store, console, print_json, size, split_ref
 
 
 def register(app: typer.Typer) -> None:
@@ -31,14 +31,13 @@ def ls(*, store: Store, as_json: Json = False) -> None:
     if not rows:
         typer.echo(f"{store} holds no model yet: 'nestquant quantize' publishes one.")
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("model", "versions", "tags")
     for row in rows:
         tags = ", ".join(f"{tag} -> {version}" for tag, version in sorted(row["tags"].items()))  # type: ignore[attr-defined]
         table.add_row(str(row["name"]), _ranges(row["versions"]), tags)  # type: ignore[arg-type]
-    Console().print(table)
+    console().print(table)
 
 
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
@@ -53,18 +52,17 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json({"digest": resolved.digest, "manifest": resolved.manifest.model_dump(mode="json"), "report": report})
         return
-    from rich.console import Console
     from rich.table import Table
 
-    manifest, console = resolved.manifest, Console()
+    manifest, out = resolved.manifest, console()
     sizes = manifest.sizes
-    console.print(f"[bold]{name}[/] version {resolved.version}  {resolved.digest}")
-    console.print(
+    out.print(f"[bold]{name}[/] version {resolved.version}  {resolved.digest}")
+    out.print(
         f"{manifest.model.library} {manifest.model.arch}, {manifest.model.parameters:,} parameters, "
         f"{sizes.weights:,} weights quantized"
     )
     levels = ", ".join(f"level {level} {size(count)}" for level, count in enumerate(sizes.level_bytes))
-    console.print(
+    out.print(
         f"float {size(sizes.float_bytes)}; stored: base {size(sizes.base_bytes)}, {levels} "
         f"in {len(manifest.groups)} shard groups"
     )
@@ -84,14 +82,14 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
             _decibel(loss[0]),
             _decibel(loss[-1]),
         )
-    console.print(table)
+    out.print(table)
     for kept in manifest.kept_float:
-        console.print(f"stays float: {kept.name} ({kept.reason})")
+        out.print(f"stays float: {kept.name} ({kept.reason})")
     for measured in (report or {}).get("measured", []):
         share = measured["correct"] / measured["total"]
         error = 100 * math.sqrt(share * (1 - share) / measured["total"])
         activations = ", activations quantized" if measured["activations"] else ""
-        console.print(
+        out.print(
             f"top-1 {measured['mode']}{activations}: {100 * share:.2f} ± {error:.2f} % of {measured['total']} images"
         )
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class ServerFailed(Exception):  # noqa: N818
+class ServerFailed(Exception):
     """A server that is installed did not come up; the message ends with the end of its log."""
 
 
