@@ -25,7 +25,7 @@ def main() -> None:
         "",
         "**Bytes.** Architectures with random weights; MB are 10^6 bytes, float parameters and scales included. "
         "*traffic saved*: our upgrade against one of two separate models out and the other in. The paper reports 78.1% "
-        "for ResNet-101, 8 over 6; that is what packing gives, and entropy coding adds to it.",
+        "for ResNet-101, 8 over 6, packed (its weights alone give 1 - 3/14 = 78.6%); entropy coding adds the rest.",
         "",
         *_sizes(sizes.rows),
     ]
