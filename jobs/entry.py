@@ -32,6 +32,7 @@ class _Reporter:
         self.record, self.number = record, number
         self.common = {"job": record.request, "attempt": number, "name": spec.name, "model": spec.model.arch}
         self.lines: list[str] = []
+        self.output = sys.stdout  # of now: an executor turns what others print to standard error
         self._beaten_s = -_BEAT_S
 
     def listen(self, event: Event) -> None:
@@ -43,7 +44,7 @@ class _Reporter:
     def write(self, **fields: Any) -> None:
         line = json.dumps({"unix_s": round(time.time(), 3), **self.common, **fields}, sort_keys=True)
         self.lines.append(line)
-        print(line, flush=True)
+        print(line, file=self.output, flush=True)
 
     def end(self, end: End) -> None:
         self.record.put_log(self.number, "\n".join(self.lines) + "\n")
@@ -59,7 +60,7 @@ def main() -> int:
     reporter = _Reporter(record, number, spec)
     cluster = spec.cluster.model_copy(update={"address": "auto"})
     try:
-        with executor(cluster, local=False) as ray_executor:
+        with executor(cluster, local=False, json_logs=True) as ray_executor:
             result = run_job(spec, ray_executor, reporter.listen)
     except KeyboardInterrupt:
         reporter.write(kind="stopped")

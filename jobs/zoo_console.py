@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,12 @@ class _Lines:
 
     def __init__(self, console: Console | None = None, total: int = 0) -> None:
         self.console, self.total, self.ended = console, total, 0
+        self.output = sys.stdout  # of now: an executor turns what others print to standard error
         self.lock = threading.Lock()
 
     def json(self, event: ZooEvent) -> None:
         with self.lock:
-            print(json.dumps(event_document(event), sort_keys=True), flush=True)
+            print(json.dumps(event_document(event), sort_keys=True), file=self.output, flush=True)
 
     def text(self, event: ZooEvent) -> None:
         if event.row is None or self.console is None:

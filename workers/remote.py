@@ -6,7 +6,9 @@ Everything that runs in a task is a plain function of other modules.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +18,17 @@ from typing import Any, Self, TypeVar
 
 import ray
 
+from storage.errors import StoreUnavailable
 from workers.deadline import deadline
 from workers.errors import DoesNotFit, Stopped, WorkerLost
+from workers.telemetry import observed
 
 A = TypeVar("A")
 R = TypeVar("R")
 
 _POLL_S = 1.0
 _CANCEL_S = 10.0
+_NO_NODE_S = 60.0
 _MIN_WINDOW = 4
 _LOST = (
     ray.exceptions.WorkerCrashedError,
@@ -50,6 +55,7 @@ class RaySettings:
     max_retries: int = 3
     task_timeout_s: float | None = None
     node_timeout_s: float = 0
+    json_logs: bool = False
 
 
 def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | None) -> R:
@@ -62,7 +68,7 @@ def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | 
 
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     with deadline(timeout_s):
-        return function(item)
+        return observed(function, item)
 
 
 class RayExecutor:
@@ -74,11 +80,14 @@ class RayExecutor:
     def __init__(self, settings: RaySettings) -> None:
         self.settings = settings
         self._owned = False
+        self._prints = contextlib.ExitStack()
         self._stopped = threading.Event()
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
             os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+            # Ray warns through its logger that a local cluster asks for a token, which is what we want of it.
+            logging.getLogger("ray").setLevel(logging.ERROR)
             # A task killed for memory is tried so often, not for ever.
             os.environ.setdefault("RAY_task_oom_retries", str(self.settings.max_retries))
             local = self.settings.address == "local"
@@ -89,13 +98,17 @@ class RayExecutor:
                 log_to_driver=False,
                 logging_level="ERROR",
                 configure_logging=False,
+                logging_config=ray.LoggingConfig(encoding="JSON") if self.settings.json_logs else None,
             )
             self._owned = True
+        # Ray prints what becomes of nodes on standard output, where a program may be waiting for our JSON.
+        self._prints.enter_context(contextlib.redirect_stdout(sys.stderr))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._prints.close()
         if self._owned:
             ray.shutdown()
 
@@ -140,12 +153,17 @@ class RayExecutor:
         is raised as itself. ``memory_bytes`` is what one item needs; Ray admits no more tasks to a node than fit.
         """
         settings = self.settings
-        options: dict[str, Any] = {"num_cpus": settings.cpus_per_task, "max_retries": settings.max_retries}
+        options: dict[str, Any] = {
+            "num_cpus": settings.cpus_per_task,
+            "max_retries": settings.max_retries,
+            # A store that stays away longer than its own retries: somebody else, a little later, may reach it.
+            "retry_exceptions": [StoreUnavailable],
+        }
         if memory_bytes:
             options["memory"] = memory_bytes
         task = ray.remote(_call).options(**options)
         threads = max(1, int(settings.cpus_per_task))
-        window = _Window(settings)
+        window = _Window(settings, memory_bytes)
         waiting = iter(enumerate(items))
         running: dict[Any, int] = {}
         failure: Exception | None = None
@@ -162,6 +180,8 @@ class RayExecutor:
                 if not running:
                     break
                 ready, _ = ray.wait(list(running), num_returns=1, timeout=_POLL_S)
+                if not ready:
+                    window.check_nodes()
                 for reference in ready:
                     index = running.pop(reference)
                     try:
@@ -181,16 +201,35 @@ class _Window:
     and a growing cluster sees demand; never more than the settings allow.
     """
 
-    def __init__(self, settings: RaySettings) -> None:
-        self.settings = settings
-        self._size, self._until = 0, 0.0
+    def __init__(self, settings: RaySettings, memory_bytes: int) -> None:
+        self.settings, self.memory_bytes = settings, memory_bytes
+        self._size, self._until_s, self._fitted_s = 0, 0.0, time.monotonic()
 
     def size(self) -> int:
-        if time.monotonic() >= self._until:
-            slots = sum(node.get("CPU", 0.0) for node in _nodes()) / self.settings.cpus_per_task
-            self._size = min(self.settings.max_in_flight, max(_MIN_WINDOW, int(2 * slots)))
-            self._until = time.monotonic() + _POLL_S
+        """Return how many tasks may be in flight now."""
+        self._look()
         return self._size
+
+    def check_nodes(self) -> None:
+        """Raise `WorkerLost` where no node could run a task for too long: Ray would wait for one for ever."""
+        self._look()
+        patience = max(self.settings.node_timeout_s, _NO_NODE_S)
+        if time.monotonic() - self._fitted_s > patience:
+            raise WorkerLost(
+                f"No node has been able to run a task for {patience:g} s; {_largest(_nodes())}. "
+                "Finished units are kept; the same command goes on from there."
+            )
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now < self._until_s:
+            return
+        nodes = _nodes()
+        slots = sum(node.get("CPU", 0.0) for node in nodes) / self.settings.cpus_per_task
+        self._size = min(self.settings.max_in_flight, max(_MIN_WINDOW, int(2 * slots)))
+        if any(_holds(node, {"CPU": self.settings.cpus_per_task, "memory": self.memory_bytes}) for node in nodes):
+            self._fitted_s = now
+        self._until_s = now + _POLL_S
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -14,20 +14,31 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 _START_S = 180
 
 
+@dataclass(frozen=True)
+class RayHead:
+    """The address of the Jobs API, that of the metrics, and the folder of the logs."""
+
+    address: str
+    metrics: str
+    logs: Path
+
+
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[str]:
-    """Start a head and yield its Jobs API's address; sockets want a short path, so its files do not lie in tmp_path."""
+def ray_head(num_cpus: int) -> Iterator[RayHead]:
+    """Start a head; sockets want a short path, so its files do not lie in tmp_path."""
     folder = tempfile.mkdtemp(prefix="nq", dir="/tmp")
-    gcs, dashboard = _free_ports(2)
+    gcs, dashboard, metrics = _free_ports(3)
     programs = Path(sys.executable).parent
     command = [
         *(str(programs / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}", "--include-dashboard=true"),
         *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats"),
+        f"--metrics-export-port={metrics}",
     ]
     environment = {
         **os.environ,
@@ -35,13 +46,15 @@ def ray_head(num_cpus: int) -> Iterator[str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "OMP_NUM_THREADS": "1",
+        "RAY_metrics_report_interval_ms": "500",
     }
     log = Path(folder) / "start.log"
     with log.open("wb") as stream:
         head = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:
         _await(f"http://127.0.0.1:{dashboard}/api/version", head, log)
-        yield f"http://127.0.0.1:{dashboard}"
+        logs = Path(folder) / "session_latest" / "logs"
+        yield RayHead(f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics", logs)
     finally:
         head.send_signal(signal.SIGTERM)
         try:
