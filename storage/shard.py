@@ -7,6 +7,9 @@ written here because the library leaves the order of its metadata open.
     packed   signed k-bit integers, packed by the caller: exactly ceil(N * k / 8) bytes
     zstd     one zstd frame per piece over one byte an integer
 
+Names of layers are long, and a shard names each several times: so tensors are numbered, and ``index``, the first one,
+is a zstd frame of the JSON that says what each number is (see docs/performance.md for what that saves).
+
 Nothing that a header claims is believed: `read_shard` checks names, types, lengths and offsets before it touches a
 payload, and a frame is decoded only where its declared size is the number of integers (safetensors format; RFC 8878,
 3.1.1.1.4 for the frame content size).
@@ -32,6 +35,8 @@ from storage.manifest import Codec, canonical_json
 FORMAT = "nestquant.shard.v1"
 FORMAT_BASE = "nestquant.base.v1"
 MAX_HEADER_BYTES = 16 << 20
+_INDEX = "index"
+_INDEX_LEVEL = 19
 _DTYPES = {
     "BOOL": "?",
     "U8": "u1",
@@ -65,11 +70,15 @@ class IntegerTensor:
 
 @dataclass(frozen=True, slots=True)
 class EncodedShard:
-    """A shard's bytes, the codec chosen, and how many bytes its integers are once decoded (one each)."""
+    """A shard's bytes, the codec chosen, and how many bytes its integers are once decoded (one each).
+
+    ``payload_bytes``: what each piece's integers take in the shard.
+    """
 
     data: bytes
     codec: Codec
     decoded_bytes: int
+    payload_bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +111,7 @@ class Shard:
             raise InvalidShard(f"shard: {count} integers expected under {key!r}, seen {seen}", key=key)
         if self.codec == "packed":
             return stored.payload
-        values = np.frombuffer(_decode_frame(key, stored), dtype=np.int8)
+        values = np.frombuffer(_decode_frame(key, stored.payload, count), dtype=np.int8)
         bound = 1 << (stored.bits - 1)
         if values.size and (int(values.min()) < -bound or int(values.max()) >= bound):
             raise InvalidShard(f"shard: {key!r} holds integers beyond {stored.bits} signed bits", key=key)
@@ -129,10 +138,13 @@ def build_shard(integers: Mapping[str, IntegerTensor], tensors: Mapping[str, npt
         key: np.frombuffer(frames[key], np.uint8) if codec == "zstd" else tensor.packed
         for key, tensor in integers.items()
     }
-    described = {key: [tensor.bits, *tensor.shape] for key, tensor in integers.items()}
-    metadata = {"codec": codec, "format": FORMAT, "integers": canonical_json(described).decode()}
-    data = save_tensors({**payloads, **tensors}, metadata)
-    return EncodedShard(data, codec, sum(tensor.values.size for tensor in integers.values()))
+    described = [[key, tensor.bits, *tensor.shape] for key, tensor in integers.items()]
+    index = canonical_json({"integers": described, "tensors": list(tensors)})
+    numbered = {str(number): tensor for number, tensor in enumerate([*payloads.values(), *tensors.values()])}
+    frame = np.frombuffer(zstandard.ZstdCompressor(level=_INDEX_LEVEL).compress(index), np.uint8)
+    data = save_tensors({_INDEX: frame, **numbered}, {"codec": codec, "format": FORMAT})
+    decoded_bytes = sum(tensor.values.size for tensor in integers.values())
+    return EncodedShard(data, codec, decoded_bytes, {key: payload.nbytes for key, payload in payloads.items()})
 
 
 def save_tensors(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
@@ -162,14 +174,43 @@ def read_shard(source: bytes | memoryview | Path) -> Shard:
     tensors, metadata = load_tensors(source)
     if metadata.get("format") != FORMAT:
         raise InvalidShard(f"shard: format {metadata.get('format')!r}, expected {FORMAT!r}")
-    if set(metadata) != {"format", "codec", "integers"} or metadata["codec"] not in ("packed", "zstd"):
+    if set(metadata) != {"format", "codec"} or metadata["codec"] not in ("packed", "zstd"):
         raise InvalidShard(
             f"shard: metadata {sorted(metadata)} with codec {metadata.get('codec')!r}, expected packed or zstd"
         )
     codec = cast("Codec", metadata["codec"])
-    described = _json_object(metadata["integers"], "metadata 'integers'")
-    integers = {key: _stored(key, value, codec, tensors) for key, value in described.items()}
-    return Shard(codec, integers, {key: tensor for key, tensor in tensors.items() if key not in integers})
+    described, names = _read_index(tensors)
+    payloads = [tensors[str(number)] for number in range(len(described))]
+    integers = {
+        key: _stored(key, value, codec, payload)
+        for (key, value), payload in zip(described.items(), payloads, strict=True)
+    }
+    beside = {name: tensors[str(len(described) + number)] for number, name in enumerate(names)}
+    return Shard(codec, integers, beside)
+
+
+def _read_index(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, list[int]], list[str]]:
+    """Return what the numbered tensors are: integers by key with ``[bits, *shape]``, then the names of the others."""
+    frame = tensors.get(_INDEX)
+    if frame is None or frame.dtype != np.uint8 or frame.ndim != 1:
+        raise InvalidShard("shard: no index, a U8 tensor of one dimension")
+    size = _frame_size(_INDEX, frame)
+    if not 0 < size <= MAX_HEADER_BYTES:
+        raise InvalidShard(f"shard: an index of {size} bytes, at most {MAX_HEADER_BYTES} allowed")
+    document = _json_object(_decode_frame(_INDEX, frame, size), "index")
+    described, names = document.get("integers"), document.get("tensors")
+    whole = set(document) == {"integers", "tensors"} and isinstance(described, list) and isinstance(names, list)
+    if not whole or not all(isinstance(one, list) and one and isinstance(one[0], str) for one in described or ()):
+        raise InvalidShard("shard: the index is not {integers: [[key, bits, *shape], ...], tensors: [name, ...]}")
+    assert described is not None and names is not None  # noqa: PT018 - for the type checker; checked above
+    integers = {one[0]: one[1:] for one in described}
+    strings = all(isinstance(name, str) for name in names)
+    if not strings or len({*integers, *names}) != len(described) + len(names):
+        raise InvalidShard("shard: a name in the index is no string, or stands twice")
+    expected = [_INDEX, *(str(number) for number in range(len(described) + len(names)))]
+    if list(tensors) != expected:
+        raise InvalidShard(f"shard: {len(tensors) - 1} tensors, its index names {len(expected) - 1}, in order")
+    return integers, names
 
 
 def build_base(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -235,11 +276,10 @@ def _tensor(key: str, entry: Any, payload: memoryview, offset: int) -> tuple[npt
     return np.frombuffer(payload[offset:stop], dtype=dtype).reshape(shape), stop
 
 
-def _stored(key: str, value: Any, codec: Codec, tensors: Mapping[str, npt.NDArray[Any]]) -> StoredIntegers:
+def _stored(key: str, value: Any, codec: Codec, payload: npt.NDArray[Any]) -> StoredIntegers:
     if not _is_shape(value) or len(value) < 2 or not 1 <= value[0] <= 8:
         raise InvalidShard(f"shard: integers {key!r}: {value!r} is not [bits, *shape]", key=key)
-    payload = tensors.get(key)
-    if payload is None or payload.dtype != np.uint8 or payload.ndim != 1:
+    if payload.dtype != np.uint8 or payload.ndim != 1:
         raise InvalidShard(f"shard: integers {key!r}: expected a U8 tensor of one dimension", key=key)
     stored = StoredIntegers(value[0], tuple(value[1:]), payload)
     expected = -(-math.prod(stored.shape) * stored.bits // 8)
@@ -251,27 +291,27 @@ def _stored(key: str, value: Any, codec: Codec, tensors: Mapping[str, npt.NDArra
 
 
 def _check_frame(key: str, stored: StoredIntegers) -> None:
+    claimed, expected = _frame_size(key, stored.payload), math.prod(stored.shape)
+    if claimed != expected:
+        raise InvalidShard(f"shard: integers {key!r}: a zstd frame of {claimed} bytes, expected {expected}", key=key)
+
+
+def _frame_size(key: str, frame: npt.NDArray[Any]) -> int:
+    """Return what a frame says its content is long; -1 where it does not say."""
     try:
-        claimed = zstandard.get_frame_parameters(stored.payload.tobytes()).content_size
+        return int(zstandard.get_frame_parameters(frame.tobytes()).content_size)
     except zstandard.ZstdError as error:
         raise InvalidShard(f"shard: integers {key!r}: not a zstd frame ({error})", key=key) from error
-    if claimed != math.prod(stored.shape):
-        raise InvalidShard(
-            f"shard: integers {key!r}: a zstd frame of {claimed} bytes, expected {math.prod(stored.shape)}", key=key
-        )
 
 
-def _decode_frame(key: str, stored: StoredIntegers) -> bytes:
+def _decode_frame(key: str, frame: npt.NDArray[Any], size: int) -> bytes:
+    """Return the content of a frame, which must be ``size`` bytes; no more than that is ever allocated."""
     try:
-        data = zstandard.ZstdDecompressor().decompress(
-            stored.payload.tobytes(), max_output_size=math.prod(stored.shape), allow_extra_data=False
-        )
+        data = zstandard.ZstdDecompressor().decompress(frame.tobytes(), max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise InvalidShard(f"shard: integers {key!r}: the zstd frame does not decode ({error})", key=key) from error
-    if len(data) != math.prod(stored.shape):
-        raise InvalidShard(
-            f"shard: integers {key!r}: {len(data)} bytes decoded, expected {math.prod(stored.shape)}", key=key
-        )
+    if len(data) != size:
+        raise InvalidShard(f"shard: integers {key!r}: {len(data)} bytes decoded, expected {size}", key=key)
     return data
 
 

@@ -15,7 +15,7 @@ import zstandard
 
 from nestquant.packing import pack
 from storage.manifest import Manifest, canonical_json
-from storage.shard import IntegerTensor, build_shard
+from storage.shard import IntegerTensor, build_shard, save_tensors
 from tests.storage.device.artifacts import build, digest_of
 
 Json = dict[str, Any]
@@ -61,21 +61,40 @@ def edited(change: Callable[[Json], object], *, codec: str = "packed", payload: 
 
 
 KEY = "a[0:4]/level0"
+INTEGERS, SCALE = "0", "1"  # the numbers under which they stand in the good shard
 
 
-def integers(value: object) -> Callable[[Json], object]:
-    """Edit: what the metadata says of the integers."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return lambda header: header["__metadata__"].update(integers=text)
+def good_index(codec: str = "packed") -> Json:
+    """Return the index of the good shard."""
+    return {"integers": [[KEY, 4, 4, 64 if codec == "zstd" else 8]], "tensors": ["a/scale"]}
+
+
+def with_index(index: object, *, codec: str = "packed") -> bytes:
+    """Return the good shard with another index: a document, its text, or the very bytes of its frame."""
+    header, payload = split(good_shard(codec))
+    if isinstance(index, bytes):
+        frame = index
+    else:
+        text = index if isinstance(index, str) else json.dumps(index)
+        frame = zstandard.compress(text.encode("utf-8", "surrogatepass"))
+    tensors = {"index": np.frombuffer(frame, np.uint8)}
+    for key in (INTEGERS, SCALE):
+        start, stop = header[key]["data_offsets"]
+        raw = payload[start:stop]
+        tensors[key] = np.frombuffer(raw, np.uint8 if key == INTEGERS else np.float32)
+    return save_tensors(tensors, header["__metadata__"])
+
+
+def described(*integers: list[object]) -> bytes:
+    """Return the good shard whose index says this of its integers."""
+    return with_index({"integers": list(integers), "tensors": ["a/scale"]})
 
 
 def with_frame(frame: bytes, count: int) -> bytes:
     """Return a zstd shard of ``count`` integers in the given frame."""
-    header: Json = {
-        "__metadata__": {"codec": "zstd", "format": "nestquant.shard.v1", "integers": json.dumps({KEY: [4, count]})},
-        KEY: {"dtype": "U8", "shape": [len(frame)], "data_offsets": [0, len(frame)]},
-    }
-    return join(header, frame)
+    index = zstandard.compress(json.dumps({"integers": [[KEY, 4, count]], "tensors": []}).encode())
+    tensors = {"index": np.frombuffer(index, np.uint8), INTEGERS: np.frombuffer(frame, np.uint8)}
+    return save_tensors(tensors, {"codec": "zstd", "format": "nestquant.shard.v1"})
 
 
 def bomb(count: int) -> bytes:
@@ -91,7 +110,7 @@ def shards() -> dict[str, Hostile]:
     """Return hostile shards by name; all are refused by ``read_shard`` itself."""
     good = good_shard()
     header, payload = split(good)
-    tensor = header[KEY]
+    tensor, end = header[INTEGERS], len(payload)
     huge = 1 << 47
     return {
         "empty": Hostile(b"", "header of 0 bytes in a file of 0"),
@@ -109,7 +128,7 @@ def shards() -> dict[str, Hostile]:
         "a number of 100,000 digits": Hostile(join('{"a":' + "9" * 100_000 + "}", b""), "header is not JSON"),
         "a key twice": Hostile(join('{"a":1,"a":2}', b""), "a key stands twice"),
         "NaN as an offset": Hostile(
-            edited(lambda h: h[KEY].update(data_offsets=[0, float("nan")])), "are not lists of sizes"
+            edited(lambda h: h[INTEGERS].update(data_offsets=[0, float("nan")])), "are not lists of sizes"
         ),
         "metadata that is a list": Hostile(edited(lambda h: h.update(__metadata__=[])), "__metadata__ is not a map"),
         "metadata of numbers": Hostile(edited(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ is not a map"),
@@ -117,32 +136,56 @@ def shards() -> dict[str, Hostile]:
         "another format": Hostile(edited(lambda h: h["__metadata__"].update(format="pt")), "format 'pt'"),
         "another codec": Hostile(edited(lambda h: h["__metadata__"].update(codec="pickle")), "codec 'pickle'"),
         "more metadata": Hostile(edited(lambda h: h["__metadata__"].update(more="x")), "metadata .*'more'"),
-        "integers that are no JSON": Hostile(edited(integers("{")), "metadata 'integers' is not JSON"),
-        "integers with a lone surrogate": Hostile(edited(integers("\ud800")), "metadata 'integers' is not JSON"),
-        "integers without a tensor": Hostile(edited(integers({"b": [4, 8]})), "expected a U8 tensor"),
-        "integers in the float tensor": Hostile(edited(integers({"a/scale": [4, 8]})), "expected a U8 tensor"),
-        "nine bits": Hostile(edited(integers({KEY: [9, 4, 8]})), r"is not \[bits, \*shape\]"),
-        "no bits": Hostile(edited(integers({KEY: [0, 4, 8]})), r"is not \[bits, \*shape\]"),
-        "a negative size": Hostile(edited(integers({KEY: [4, -4, -8]})), r"is not \[bits, \*shape\]"),
-        "bits that are true": Hostile(edited(integers({KEY: [True, 4, 8]})), r"is not \[bits, \*shape\]"),
-        "sizes of 2**47": Hostile(edited(integers({KEY: [4, huge, huge, huge]})), r"is not \[bits, \*shape\]"),
-        "sizes of 10**4000": Hostile(edited(integers({KEY: [4, 10**4000]})), r"is not \[bits, \*shape\]"),
-        "thirty dimensions": Hostile(edited(integers({KEY: [4, *[1] * 30]})), r"is not \[bits, \*shape\]"),
-        "one integer too many": Hostile(edited(integers({KEY: [4, 3, 11]})), "16 bytes packed, expected 17"),
-        "an unknown dtype": Hostile(edited(lambda h: h[KEY].update(dtype="OBJECT")), "expected dtype"),
-        "a dtype that is a list": Hostile(edited(lambda h: h[KEY].update(dtype=["U8"])), "expected dtype"),
-        "a field too many": Hostile(edited(lambda h: h[KEY].update(extra=1)), "expected dtype"),
-        "a tensor that is null": Hostile(edited(lambda h: h.update({KEY: None})), "expected dtype"),
-        "offsets beyond the file": Hostile(edited(lambda h: h[KEY].update(shape=[1 << 40])), "data_offsets"),
-        "offsets that overlap": Hostile(edited(lambda h: h["a/scale"].update(data_offsets=[0, 16])), "data_offsets"),
-        "a hole": Hostile(edited(lambda h: h["a/scale"].update(data_offsets=[20, 36])), "data_offsets"),
-        "offsets backwards": Hostile(edited(lambda h: h[KEY].update(data_offsets=[16, 0])), "data_offsets"),
-        "negative offsets": Hostile(edited(lambda h: h[KEY].update(data_offsets=[-16, 0])), "data_offsets"),
-        "a size that overflows": Hostile(edited(lambda h: h[KEY].update(shape=[huge, huge])), "data_offsets"),
-        "an empty tensor of absurd shape": Hostile(
-            join({**header, "z": {**tensor, "shape": [0, huge, huge], "data_offsets": [32, 32]}}, payload), "shape"
+        "an index that is no JSON": Hostile(with_index("{"), "index is not JSON"),
+        "an index with a lone surrogate": Hostile(with_index("\ud800"), "index is not JSON"),
+        "an index that is no frame": Hostile(with_index(b"PK\x03\x04 no frame"), "not a zstd frame"),
+        "an index that is a bomb": Hostile(with_index(bomb(64 << 20)), "an index of 67108864 bytes, at most 16777216"),
+        "an index that hides its size": Hostile(with_index(_unsized(b"{}")), r"an index of -?\d+ bytes, at most"),
+        "no index": Hostile(edited(lambda h: h.update(x=h.pop("index"))), "data_offsets"),
+        "an index of floats": Hostile(
+            save_tensors({"index": np.ones(2)}, {"codec": "packed", "format": "nestquant.shard.v1"}), "no index"
         ),
-        "bytes after the end": Hostile(good + b"\0", "33 bytes of payload, its header accounts for 32"),
+        "an index without integers": Hostile(with_index({"tensors": []}), "the index is not"),
+        "an index with more": Hostile(with_index({**good_index(), "more": 1}), "the index is not"),
+        "integers that are a map": Hostile(with_index({"integers": {}, "tensors": []}), "the index is not"),
+        "integers without a name": Hostile(described([4, 4, 8]), "the index is not"),
+        "a name twice": Hostile(described(["a/scale", 4, 4, 8]), "stands twice"),
+        "names that are numbers": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": [1]}), "a name in the index is no string"
+        ),
+        "names that are lists": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": [["a"]]}), "a name in the index is no string"
+        ),
+        "integers without a tensor": Hostile(described([KEY, 4, 4, 8], ["b", 4, 8]), "2 tensors, its index names 3"),
+        "a tensor without a name": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": []}), "2 tensors, its index names 1"
+        ),
+        "integers in the float tensor": Hostile(
+            with_index({"integers": [*good_index()["integers"], ["a/scale", 4, 8]], "tensors": []}),
+            "expected a U8 tensor",
+        ),
+        "nine bits": Hostile(described([KEY, 9, 4, 8]), r"is not \[bits, \*shape\]"),
+        "no bits": Hostile(described([KEY, 0, 4, 8]), r"is not \[bits, \*shape\]"),
+        "a negative size": Hostile(described([KEY, 4, -4, -8]), r"is not \[bits, \*shape\]"),
+        "bits that are true": Hostile(described([KEY, True, 4, 8]), r"is not \[bits, \*shape\]"),
+        "sizes of 2**47": Hostile(described([KEY, 4, huge, huge, huge]), r"is not \[bits, \*shape\]"),
+        "sizes of 10**4000": Hostile(described([KEY, 4, 10**4000]), r"is not \[bits, \*shape\]"),
+        "thirty dimensions": Hostile(described([KEY, 4, *[1] * 30]), r"is not \[bits, \*shape\]"),
+        "one integer too many": Hostile(described([KEY, 4, 3, 11]), "16 bytes packed, expected 17"),
+        "an unknown dtype": Hostile(edited(lambda h: h[INTEGERS].update(dtype="OBJECT")), "expected dtype"),
+        "a dtype that is a list": Hostile(edited(lambda h: h[INTEGERS].update(dtype=["U8"])), "expected dtype"),
+        "a field too many": Hostile(edited(lambda h: h[INTEGERS].update(extra=1)), "expected dtype"),
+        "a tensor that is null": Hostile(edited(lambda h: h.update({INTEGERS: None})), "expected dtype"),
+        "offsets beyond the file": Hostile(edited(lambda h: h[INTEGERS].update(shape=[1 << 40])), "data_offsets"),
+        "offsets that overlap": Hostile(edited(lambda h: h[SCALE].update(data_offsets=[0, 16])), "data_offsets"),
+        "a hole": Hostile(edited(lambda h: h[SCALE].update(data_offsets=[20, 36])), "data_offsets"),
+        "offsets backwards": Hostile(edited(lambda h: h[INTEGERS].update(data_offsets=[16, 0])), "data_offsets"),
+        "negative offsets": Hostile(edited(lambda h: h[INTEGERS].update(data_offsets=[-16, 0])), "data_offsets"),
+        "a size that overflows": Hostile(edited(lambda h: h[INTEGERS].update(shape=[huge, huge])), "data_offsets"),
+        "an empty tensor of absurd shape": Hostile(
+            join({**header, "z": {**tensor, "shape": [0, huge, huge], "data_offsets": [end, end]}}, payload), "shape"
+        ),
+        "bytes after the end": Hostile(good + b"\0", r"\d+ bytes of payload, its header accounts for"),
         "cut": Hostile(good[:-1], "data_offsets"),
         "not a frame": Hostile(with_frame(b"PK\x03\x04 no frame at all", 64), "not a zstd frame"),
         "an empty frame": Hostile(with_frame(b"", 64), "not a zstd frame"),

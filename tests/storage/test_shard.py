@@ -39,15 +39,19 @@ def test_golden_bytes() -> None:
     encoded = build_shard(
         {"a[0:1]/level0": packed_tensor([-8, 7, 1, -1], 4)}, {"a[0:1]/scale": np.array([0.5], np.float32)}
     )
+    document = b'{"integers":[["a[0:1]/level0",4,1,4]],"tensors":["a[0:1]/scale"]}'
+    index = zstandard.ZstdCompressor(level=19).compress(document)
+    end = len(index)
     header = (
-        b'{"__metadata__":{"codec":"packed","format":"nestquant.shard.v1",'
-        b'"integers":"{\\"a[0:1]/level0\\":[4,1,4]}"},'
-        b'"a[0:1]/level0":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},'
-        b'"a[0:1]/scale":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}'
-    )
+        '{"__metadata__":{"codec":"packed","format":"nestquant.shard.v1"},'
+        f'"index":{{"dtype":"U8","shape":[{end}],"data_offsets":[0,{end}]}},'
+        f'"0":{{"dtype":"U8","shape":[2],"data_offsets":[{end},{end + 2}]}},'
+        f'"1":{{"dtype":"F32","shape":[1],"data_offsets":[{end + 2},{end + 6}]}}}}'
+    ).encode()
     padded = header + b" " * (-len(header) % 8)
-    assert encoded.data == len(padded).to_bytes(8, "little") + padded + bytes([0x78, 0xF1]) + b"\x00\x00\x00\x3f"
-    assert (encoded.codec, encoded.decoded_bytes) == ("packed", 4)
+    payload = index + bytes([0x78, 0xF1]) + b"\x00\x00\x00\x3f"
+    assert encoded.data == len(padded).to_bytes(8, "little") + padded + payload
+    assert (encoded.codec, encoded.decoded_bytes, encoded.payload_bytes) == ("packed", 4, {"a[0:1]/level0": 2})
 
 
 def test_the_smaller_codec_is_chosen() -> None:
@@ -92,7 +96,7 @@ def test_same_content_same_bytes_and_declared_order() -> None:
     data = build_shard(pieces, {}).data
     assert data == build_shard(pieces, {}).data
     assert data != build_shard(dict(sorted(pieces.items())), {}).data
-    assert list(read_shard(data).integers) == ["a", "b"]  # the description is canonical JSON
+    assert list(read_shard(data).integers) == ["b", "a"]
     assert list(load_tensors(data)[0]) == ["b", "a"]
 
 
@@ -206,8 +210,14 @@ def test_hostile_files_are_refused(name: str) -> None:
 
 
 def shard_of(bits: object, shape: list[object], payload: bytes, *, codec: str = "zstd") -> bytes:
-    metadata = {"codec": codec, "format": "nestquant.shard.v1", "integers": json.dumps({"a": [bits, *shape]})}
-    return save_tensors({"a": np.frombuffer(payload, np.uint8)}, metadata)
+    return indexed({"integers": [["a", bits, *shape]], "tensors": []}, np.frombuffer(payload, np.uint8), codec=codec)
+
+
+def indexed(index: object, *tensors: np.ndarray, **metadata: str) -> bytes:
+    """Return a shard with this index and these tensors, numbered."""
+    first = np.frombuffer(zstandard.compress(json.dumps(index).encode()), np.uint8)
+    numbered = {str(number): tensor for number, tensor in enumerate(tensors)}
+    return save_tensors({"index": first, **numbered}, {"codec": "zstd", "format": "nestquant.shard.v1"} | metadata)
 
 
 def frame(data: bytes, *, write_content_size: bool = True) -> bytes:
@@ -231,16 +241,11 @@ HOSTILE_SHARDS: dict[str, Callable[[], bytes]] = {
     "no shape": lambda: shard_of(4, [], frame(bytes(1))),
     "negative shape": lambda: shard_of(4, [-2, -2], frame(bytes(4))),
     "unknown codec": lambda: shard_of(4, [2, 2], frame(bytes(4)), codec="lzma"),
-    "no such tensor": lambda: save_tensors(
-        {}, {"codec": "zstd", "format": "nestquant.shard.v1", "integers": '{"a":[4,1]}'}
-    ),
-    "floats as integers": lambda: save_tensors(
-        {"a": np.zeros(4, np.float32)}, {"codec": "zstd", "format": "nestquant.shard.v1", "integers": '{"a":[4,4]}'}
-    ),
-    "more metadata": lambda: save_tensors(
-        {}, {"codec": "zstd", "format": "nestquant.shard.v1", "integers": "{}", "x": ""}
-    ),
-    "another format": lambda: save_tensors({}, {"codec": "zstd", "format": "nestquant.shard.v2", "integers": "{}"}),
+    "no such tensor": lambda: indexed({"integers": [["a", 4, 1]], "tensors": []}),
+    "floats as integers": lambda: indexed({"integers": [["a", 4, 4]], "tensors": []}, np.zeros(4, np.float32)),
+    "more metadata": lambda: indexed({"integers": [], "tensors": []}, x=""),
+    "another format": lambda: indexed({"integers": [], "tensors": []}, format="nestquant.shard.v2"),
+    "no index": lambda: save_tensors({}, {"codec": "zstd", "format": "nestquant.shard.v1"}),
 }
 
 
