@@ -108,9 +108,9 @@ class RayExecutor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._prints.close()
-        if self._owned:
-            ray.shutdown()
+        with self._prints:  # Ray holds some of its lines back until it ends
+            if self._owned:
+                ray.shutdown()
 
     @property
     def same_machine(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,22 @@ from jobs.spec import JobSpec, parse_spec
 from jobs.submit import Cluster, cancel, job_state, portable, retry, submit, wait
 from storage.memory import MemoryStore
 from storage.uri import open_store
-from tests.integration.ray_head import ray_head
+from tests.integration.ray_head import RayHead, ray_head
 from workers.executor import InProcessExecutor
 
 Document = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch, ray_head(num_cpus=2) as address:
+def ray() -> Iterator[RayHead]:
+    with pytest.MonkeyPatch.context() as patch, ray_head(num_cpus=2) as head:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield address
+        yield head
+
+
+@pytest.fixture
+def head(ray: RayHead) -> str:
+    return ray.address
 
 
 def spec(checkpoint: Path, uri: str, **keys: Any) -> JobSpec:
@@ -86,6 +93,39 @@ def test_a_job_runs_on_the_cluster_once_however_often_it_is_submitted(
     assert [(row["job"], row["status"], row["name"]) for row in json.loads(listed.stdout)] == [
         (record.request, "SUCCEEDED", "tiny")
     ]
+
+
+def test_a_job_leaves_metrics_and_json_logs_with_job_and_layers(
+    ray: RayHead, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    record, _, _ = submit(spec(tiny_checkpoint, str(tmp_path / "s"), name="observed"), ray.address)
+    text = ""
+
+    def read(_: Any) -> None:
+        nonlocal text
+        with urllib.request.urlopen(ray.metrics, timeout=10) as answer:
+            text += answer.read().decode()
+
+    state = wait(record, on_state=read)
+    assert state.end is not None
+    assert state.end.result is not None
+    give_up = time.monotonic() + 20
+    while "ray_nestquant_units" not in text and time.monotonic() < give_up:
+        time.sleep(0.5)
+        read(None)
+    assert re.search(r'ray_nestquant_tasks(_total)?{[^}]*function="run_bundle"[^}]*} [1-9]', text)
+    assert re.search(r'ray_nestquant_units(_total)?{[^}]*reused="false"[^}]*} [1-9]', text)
+    assert re.search(r'ray_nestquant_bytes(_total)?{[^}]*direction="written"[^}]*} [1-9]', text)
+
+    lines = [line for path in ray.logs.glob("worker-*") for line in path.read_text(errors="replace").splitlines()]
+    stored = [
+        found
+        for line in lines
+        if '"unit stored"' in line and (found := json.loads(line))["job"] == state.end.result.job
+    ]
+    assert len(stored) == state.end.result.work.units
+    layers = {layer for line in stored for layer in line["layers"]}
+    assert layers == {layer.name for layer in state.end.result.layers}
 
 
 def here_cluster(asked: JobSpec) -> Any:
