@@ -1,14 +1,14 @@
 """The shard: one level of a group of layer pieces as a safetensors file with one codec.
 
-A shard holds *integers*, one U8 payload of one dimension per piece, coded by the shard's codec, and *tensors* as they
-are (scales, zero points). Its bytes follow from its content alone: entries stand in declared order, the header is
-written here because the library leaves the order of its metadata open.
+A shard holds *integers*, a payload per piece, coded by the shard's codec, and *tensors* as they are (scales, ...).
 
     packed   signed k-bit integers, packed by the caller: exactly ceil(N * k / 8) bytes
     zstd     one zstd frame per piece over one byte an integer
 
-Names of layers are long, and a shard names each several times: so tensors are numbered, and ``index``, the first one,
-is a zstd frame of the JSON that says what each number is (see docs/performance.md for what that saves).
+The file has three U8 tensors: ``index``, a zstd frame of the JSON that says what the others hold; ``integers``, the
+payloads one after the other; ``tensors``, one zstd frame of the byte planes of each tensor. A safetensors entry for
+each part would cost more than its scales do (docs/performance.md). The bytes follow from the content alone: the header
+is written here because the library leaves the order of its metadata open.
 
 Nothing that a header claims is believed: `read_shard` checks names, types, lengths and offsets before it touches a
 payload, and a frame is decoded only where its declared size is the number of integers (safetensors format; RFC 8878,
@@ -17,9 +17,7 @@ payload, and a frame is decoded only where its declared size is the number of in
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,26 +29,22 @@ import zstandard
 
 from storage.errors import InvalidShard
 from storage.manifest import Codec, canonical_json
+from storage.tensor_file import (
+    DTYPE_NAMES,
+    DTYPES,
+    MAX_HEADER_BYTES,
+    is_shape,
+    json_object,
+    little_endian,
+    load_tensors,
+    save_tensors,
+)
 
 FORMAT = "nestquant.shard.v1"
 FORMAT_BASE = "nestquant.base.v1"
-MAX_HEADER_BYTES = 16 << 20
-_INDEX = "index"
-_INDEX_LEVEL = 19
-_DTYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "<u2",
-    "I16": "<i2",
-    "F16": "<f2",
-    "U32": "<u4",
-    "I32": "<i4",
-    "F32": "<f4",
-}
-_DTYPES |= {"U64": "<u8", "I64": "<i8", "F64": "<f8"}
-_DTYPE_NAMES = {np.dtype(code): name for name, code in _DTYPES.items()}
-
+_SECTIONS = ("index", "integers", "tensors")
+_SMALL_LEVEL = 19
+MAX_TENSORS_BYTES = 256 << 20
 Int8Array = npt.NDArray[np.int8]
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -138,35 +132,27 @@ def build_shard(integers: Mapping[str, IntegerTensor], tensors: Mapping[str, npt
         key: np.frombuffer(frames[key], np.uint8) if codec == "zstd" else tensor.packed
         for key, tensor in integers.items()
     }
-    described = [[key, tensor.bits, *tensor.shape] for key, tensor in integers.items()]
-    index = canonical_json({"integers": described, "tensors": list(tensors)})
-    numbered = {str(number): tensor for number, tensor in enumerate([*payloads.values(), *tensors.values()])}
-    frame = np.frombuffer(zstandard.ZstdCompressor(level=_INDEX_LEVEL).compress(index), np.uint8)
-    data = save_tensors({_INDEX: frame, **numbered}, {"codec": codec, "format": FORMAT})
+    little = {name: little_endian(name, tensor) for name, tensor in tensors.items()}
+    index = {
+        "integers": [[key, payloads[key].nbytes, tensor.bits, *tensor.shape] for key, tensor in integers.items()],
+        "tensors": [[name, DTYPE_NAMES[tensor.dtype], *tensor.shape] for name, tensor in little.items()],
+    }
+    frame = _compress(canonical_json(index))
+    beside = _compress(b"".join(map(_byte_planes, little.values())))
+    chunks = (frame, b"".join(map(bytes, payloads.values())), beside)
+    sections = {name: np.frombuffer(chunk, np.uint8) for name, chunk in zip(_SECTIONS, chunks, strict=True)}
     decoded_bytes = sum(tensor.values.size for tensor in integers.values())
-    return EncodedShard(data, codec, decoded_bytes, {key: payload.nbytes for key, payload in payloads.items()})
+    payload_bytes = {key: payload.nbytes for key, payload in payloads.items()}
+    return EncodedShard(save_tensors(sections, {"codec": codec, "format": FORMAT}), codec, decoded_bytes, payload_bytes)
 
 
-def save_tensors(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
-    """Return a safetensors file whose bytes follow from its arguments alone.
+def _compress(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(level=_SMALL_LEVEL).compress(data)
 
-    Tensors in the order given, metadata sorted.
 
-    The format wants no alignment but the header's (8 bytes, padded with spaces).
-    """
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset, chunks = 0, []
-    for key, tensor in tensors.items():
-        if tensor.dtype.newbyteorder("<") not in _DTYPE_NAMES:
-            raise InvalidShard(f"tensor {key!r}: dtype {tensor.dtype} is none of {', '.join(_DTYPES)}", key=key)
-        little = np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
-        name = _DTYPE_NAMES[little.dtype]
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, offset + little.nbytes]}
-        chunks.append(little.tobytes())
-        offset += little.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
+def _byte_planes(tensor: npt.NDArray[Any]) -> bytes:
+    """Return all first bytes, then all second ones, ...: neighbours' exponents are alike, their mantissas are not."""
+    return tensor.reshape(-1, 1).view(np.uint8).T.tobytes()
 
 
 def read_shard(source: bytes | memoryview | Path) -> Shard:
@@ -179,38 +165,65 @@ def read_shard(source: bytes | memoryview | Path) -> Shard:
             f"shard: metadata {sorted(metadata)} with codec {metadata.get('codec')!r}, expected packed or zstd"
         )
     codec = cast("Codec", metadata["codec"])
-    described, names = _read_index(tensors)
-    payloads = [tensors[str(number)] for number in range(len(described))]
-    integers = {
-        key: _stored(key, value, codec, payload)
-        for (key, value), payload in zip(described.items(), payloads, strict=True)
-    }
-    beside = {name: tensors[str(len(described) + number)] for number, name in enumerate(names)}
-    return Shard(codec, integers, beside)
+    index = _read_index(tensors)
+    integers = _cut_integers(index["integers"], tensors["integers"], codec)
+    return Shard(codec, integers, _cut_tensors(index["tensors"], tensors["tensors"]))
 
 
-def _read_index(tensors: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, list[int]], list[str]]:
-    """Return what the numbered tensors are: integers by key with ``[bits, *shape]``, then the names of the others."""
-    frame = tensors.get(_INDEX)
-    if frame is None or frame.dtype != np.uint8 or frame.ndim != 1:
-        raise InvalidShard("shard: no index, a U8 tensor of one dimension")
-    size = _frame_size(_INDEX, frame)
+def _read_index(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, list[list[Any]]]:
+    """Return what the two other sections hold, names checked, sizes not yet."""
+    if tuple(tensors) != _SECTIONS or any(one.dtype != np.uint8 or one.ndim != 1 for one in tensors.values()):
+        raise InvalidShard(f"shard: tensors {list(tensors)[:4]}, expected {list(_SECTIONS)}, each U8 of one dimension")
+    size = _frame_size("index", tensors["index"])
     if not 0 < size <= MAX_HEADER_BYTES:
         raise InvalidShard(f"shard: an index of {size} bytes, at most {MAX_HEADER_BYTES} allowed")
-    document = _json_object(_decode_frame(_INDEX, frame, size), "index")
-    described, names = document.get("integers"), document.get("tensors")
-    whole = set(document) == {"integers", "tensors"} and isinstance(described, list) and isinstance(names, list)
-    if not whole or not all(isinstance(one, list) and one and isinstance(one[0], str) for one in described or ()):
-        raise InvalidShard("shard: the index is not {integers: [[key, bits, *shape], ...], tensors: [name, ...]}")
-    assert described is not None and names is not None  # noqa: PT018 - for the type checker; checked above
-    integers = {one[0]: one[1:] for one in described}
-    strings = all(isinstance(name, str) for name in names)
-    if not strings or len({*integers, *names}) != len(described) + len(names):
+    index = json_object(_decode_frame("index", tensors["index"], size), "index")
+    rows = [row for part in ("integers", "tensors") for row in _list(index.get(part))]
+    if set(index) != {"integers", "tensors"} or not all(isinstance(row, list) and len(row) > 1 for row in rows):
+        raise InvalidShard("shard: the index is not {integers: [[key, bytes, bits, *shape]], tensors: [[name, ...]]}")
+    names = [row[0] for row in rows]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise InvalidShard("shard: a name in the index is no string, or stands twice")
-    expected = [_INDEX, *(str(number) for number in range(len(described) + len(names)))]
-    if list(tensors) != expected:
-        raise InvalidShard(f"shard: {len(tensors) - 1} tensors, its index names {len(expected) - 1}, in order")
-    return integers, names
+    return index
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
+
+
+def _cut_integers(rows: list[list[Any]], section: npt.NDArray[Any], codec: Codec) -> dict[str, StoredIntegers]:
+    integers, offset = {}, 0
+    for key, *described in rows:
+        if not is_shape(described) or len(described) < 3:
+            raise InvalidShard(f"shard: integers {key!r}: {described!r} is not [bytes, bits, *shape]", key=key)
+        size, *value = described
+        if offset + size > section.size:
+            raise InvalidShard(f"shard: integers {key!r}: {size} bytes, {section.size - offset} left", key=key)
+        integers[key] = _stored(key, value, codec, section[offset : offset + size])
+        offset += size
+    if offset != section.size:
+        raise InvalidShard(f"shard: {section.size} bytes of integers, the index accounts for {offset}")
+    return integers
+
+
+def _cut_tensors(rows: list[list[Any]], section: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    sizes = {}
+    for key, dtype, *shape in rows:
+        if dtype not in tuple(DTYPES) or not is_shape(shape):  # a tuple: what stands there need not be hashable
+            raise InvalidShard(f"shard: tensor {key!r}: {dtype!r} {shape!r} is not a dtype and a shape", key=key)
+        sizes[key] = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+    expected, claimed = sum(sizes.values()), _frame_size("tensors", section)
+    if claimed != expected or expected > MAX_TENSORS_BYTES:
+        raise InvalidShard(
+            f"shard: {claimed} bytes of tensors, the index accounts for {expected}, at most {MAX_TENSORS_BYTES} allowed"
+        )
+    planes = np.frombuffer(_decode_frame("tensors", section, expected), np.uint8)
+    tensors, offset = {}, 0
+    for key, dtype, *shape in rows:
+        part = planes[offset : offset + sizes[key]].reshape(np.dtype(DTYPES[dtype]).itemsize, -1)
+        tensors[key] = np.ascontiguousarray(part.T).view(DTYPES[dtype]).reshape(shape)
+        offset += sizes[key]
+    return tensors
 
 
 def build_base(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -226,61 +239,9 @@ def read_base(source: bytes | memoryview | Path) -> dict[str, npt.NDArray[Any]]:
     return {key: tensor.copy() for key, tensor in tensors.items()}
 
 
-def load_tensors(source: bytes | memoryview | Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
-    """Return the tensors (read-only views, in file order) and metadata of a safetensors file. Raises `InvalidShard`."""
-    view = (_map(source) if isinstance(source, Path) else memoryview(source)).toreadonly()
-    header_bytes = int.from_bytes(view[:8], "little")
-    if len(view) < 8 or header_bytes > min(MAX_HEADER_BYTES, len(view) - 8):
-        raise InvalidShard(
-            f"shard: header of {header_bytes} bytes in a file of {len(view)}, at most {MAX_HEADER_BYTES} allowed"
-        )
-    header = _json_object(bytes(view[8 : 8 + header_bytes]), "header")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InvalidShard("shard: __metadata__ is not a map of strings")
-    payload = view[8 + header_bytes :]
-    tensors, offset = {}, 0
-    for key, entry in header.items():
-        tensors[key], offset = _tensor(key, entry, payload, offset)
-    if offset != len(payload):
-        raise InvalidShard(f"shard: {len(payload)} bytes of payload, its header accounts for {offset}")
-    return tensors, metadata
-
-
-def _map(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise InvalidShard(f"shard: {path.name} is empty")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def _tensor(key: str, entry: Any, payload: memoryview, offset: int) -> tuple[npt.NDArray[Any], int]:
-    """Return a view of one tensor, which must begin where the one before ended, and where it ends."""
-    whole = isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}
-    if not whole or entry["dtype"] not in tuple(_DTYPES):  # a tuple: what stands there need not be hashable
-        raise InvalidShard(
-            f"shard: tensor {key!r}: expected dtype (of {', '.join(_DTYPES)}), shape, data_offsets", key=key
-        )
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _is_shape(shape) or not _is_shape(offsets) or len(offsets) != 2:
-        raise InvalidShard(
-            f"shard: tensor {key!r}: shape {shape!r}, data_offsets {offsets!r} are not lists of sizes", key=key
-        )
-    dtype = np.dtype(_DTYPES[entry["dtype"]])
-    stop = offset + math.prod(shape) * dtype.itemsize
-    if offsets != [offset, stop] or stop > len(payload):
-        raise InvalidShard(
-            f"shard: tensor {key!r}: data_offsets {offsets}, expected [{offset}, {stop}] within {len(payload)} bytes",
-            key=key,
-        )
-    return np.frombuffer(payload[offset:stop], dtype=dtype).reshape(shape), stop
-
-
-def _stored(key: str, value: Any, codec: Codec, payload: npt.NDArray[Any]) -> StoredIntegers:
-    if not _is_shape(value) or len(value) < 2 or not 1 <= value[0] <= 8:
+def _stored(key: str, value: list[Any], codec: Codec, payload: npt.NDArray[Any]) -> StoredIntegers:
+    if not 1 <= value[0] <= 8:
         raise InvalidShard(f"shard: integers {key!r}: {value!r} is not [bits, *shape]", key=key)
-    if payload.dtype != np.uint8 or payload.ndim != 1:
-        raise InvalidShard(f"shard: integers {key!r}: expected a U8 tensor of one dimension", key=key)
     stored = StoredIntegers(value[0], tuple(value[1:]), payload)
     expected = -(-math.prod(stored.shape) * stored.bits // 8)
     if codec == "packed" and payload.size != expected:
@@ -340,29 +301,4 @@ def _frame_parameters() -> zstandard.ZstdCompressionParameters:
     """
     return zstandard.ZstdCompressionParameters.from_level(
         1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, write_content_size=1
-    )
-
-
-def _json_object(raw: bytes | str, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
-    try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InvalidShard(f"shard: {what} is not JSON ({str(error)[:120]})") from error
-    if not isinstance(value, dict):
-        raise InvalidShard(f"shard: {what} is not a JSON object")
-    return value
-
-
-def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= 9
-        and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
-        and math.prod(filter(None, value)) < 1 << 60
     )

@@ -15,7 +15,8 @@ import zstandard
 
 from nestquant.packing import pack
 from storage.manifest import Manifest, canonical_json
-from storage.shard import IntegerTensor, build_shard, save_tensors
+from storage.shard import IntegerTensor, build_shard
+from storage.tensor_file import save_tensors
 from tests.storage.device.artifacts import build, digest_of
 
 Json = dict[str, Any]
@@ -61,12 +62,13 @@ def edited(change: Callable[[Json], object], *, codec: str = "packed", payload: 
 
 
 KEY = "a[0:4]/level0"
-INTEGERS, SCALE = "0", "1"  # the numbers under which they stand in the good shard
+INTEGERS, SCALE = "integers", "tensors"  # the sections in which they stand
 
 
 def good_index(codec: str = "packed") -> Json:
     """Return the index of the good shard."""
-    return {"integers": [[KEY, 4, 4, 64 if codec == "zstd" else 8]], "tensors": ["a/scale"]}
+    size = split(good_shard(codec))[0][INTEGERS]["shape"][0]
+    return {"integers": [[KEY, size, 4, 4, 64 if codec == "zstd" else 8]], "tensors": [["a/scale", "F32", 4]]}
 
 
 def with_index(index: object, *, codec: str = "packed") -> bytes:
@@ -80,20 +82,20 @@ def with_index(index: object, *, codec: str = "packed") -> bytes:
     tensors = {"index": np.frombuffer(frame, np.uint8)}
     for key in (INTEGERS, SCALE):
         start, stop = header[key]["data_offsets"]
-        raw = payload[start:stop]
-        tensors[key] = np.frombuffer(raw, np.uint8 if key == INTEGERS else np.float32)
+        tensors[key] = np.frombuffer(payload[start:stop], np.uint8)
     return save_tensors(tensors, header["__metadata__"])
 
 
 def described(*integers: list[object]) -> bytes:
     """Return the good shard whose index says this of its integers."""
-    return with_index({"integers": list(integers), "tensors": ["a/scale"]})
+    return with_index({"integers": list(integers), "tensors": good_index()["tensors"]})
 
 
 def with_frame(frame: bytes, count: int) -> bytes:
     """Return a zstd shard of ``count`` integers in the given frame."""
-    index = zstandard.compress(json.dumps({"integers": [[KEY, 4, count]], "tensors": []}).encode())
-    tensors = {"index": np.frombuffer(index, np.uint8), INTEGERS: np.frombuffer(frame, np.uint8)}
+    index = zstandard.compress(json.dumps({"integers": [[KEY, len(frame), 4, count]], "tensors": []}).encode())
+    sections = {"index": index, "integers": frame, "tensors": zstandard.compress(b"")}
+    tensors = {name: np.frombuffer(raw, np.uint8) for name, raw in sections.items()}
     return save_tensors(tensors, {"codec": "zstd", "format": "nestquant.shard.v1"})
 
 
@@ -143,35 +145,41 @@ def shards() -> dict[str, Hostile]:
         "an index that hides its size": Hostile(with_index(_unsized(b"{}")), r"an index of -?\d+ bytes, at most"),
         "no index": Hostile(edited(lambda h: h.update(x=h.pop("index"))), "data_offsets"),
         "an index of floats": Hostile(
-            save_tensors({"index": np.ones(2)}, {"codec": "packed", "format": "nestquant.shard.v1"}), "no index"
+            save_tensors({"index": np.ones(2)}, {"codec": "packed", "format": "nestquant.shard.v1"}),
+            "expected \\['index'",
         ),
         "an index without integers": Hostile(with_index({"tensors": []}), "the index is not"),
         "an index with more": Hostile(with_index({**good_index(), "more": 1}), "the index is not"),
         "integers that are a map": Hostile(with_index({"integers": {}, "tensors": []}), "the index is not"),
-        "integers without a name": Hostile(described([4, 4, 8]), "the index is not"),
-        "a name twice": Hostile(described(["a/scale", 4, 4, 8]), "stands twice"),
-        "names that are numbers": Hostile(
-            with_index({"integers": good_index()["integers"], "tensors": [1]}), "a name in the index is no string"
+        "integers without a name": Hostile(described([16, 4, 4, 8]), "a name in the index is no string"),
+        "a name twice": Hostile(described(["a/scale", 16, 4, 4, 8]), "stands twice"),
+        "names that are lists": Hostile(described([["a"], 16, 4, 4, 8]), "a name in the index is no string"),
+        "integers that are not there": Hostile(described([KEY, 16, 4, 4, 8], ["b", 4, 4, 8]), "4 bytes, 0 left"),
+        "integers of nobody": Hostile(described(), "16 bytes of integers, the index accounts for 0"),
+        "a tensor of nobody": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": []}),
+            "16 bytes of tensors, the index accounts for 0",
         ),
-        "names that are lists": Hostile(
-            with_index({"integers": good_index()["integers"], "tensors": [["a"]]}), "a name in the index is no string"
+        "a tensor of another type": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": [["a/scale", "F64", 4]]}),
+            "16 bytes of tensors, the index accounts for 32",
         ),
-        "integers without a tensor": Hostile(described([KEY, 4, 4, 8], ["b", 4, 8]), "2 tensors, its index names 3"),
-        "a tensor without a name": Hostile(
-            with_index({"integers": good_index()["integers"], "tensors": []}), "2 tensors, its index names 1"
+        "a tensor of no type": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": [["a/scale", ["F32"], 4]]}),
+            "is not a dtype and a shape",
         ),
-        "integers in the float tensor": Hostile(
-            with_index({"integers": [*good_index()["integers"], ["a/scale", 4, 8]], "tensors": []}),
-            "expected a U8 tensor",
+        "a tensor of negative size": Hostile(
+            with_index({"integers": good_index()["integers"], "tensors": [["a/scale", "F32", -4]]}),
+            "is not a dtype and a shape",
         ),
-        "nine bits": Hostile(described([KEY, 9, 4, 8]), r"is not \[bits, \*shape\]"),
-        "no bits": Hostile(described([KEY, 0, 4, 8]), r"is not \[bits, \*shape\]"),
-        "a negative size": Hostile(described([KEY, 4, -4, -8]), r"is not \[bits, \*shape\]"),
-        "bits that are true": Hostile(described([KEY, True, 4, 8]), r"is not \[bits, \*shape\]"),
-        "sizes of 2**47": Hostile(described([KEY, 4, huge, huge, huge]), r"is not \[bits, \*shape\]"),
-        "sizes of 10**4000": Hostile(described([KEY, 4, 10**4000]), r"is not \[bits, \*shape\]"),
-        "thirty dimensions": Hostile(described([KEY, 4, *[1] * 30]), r"is not \[bits, \*shape\]"),
-        "one integer too many": Hostile(described([KEY, 4, 3, 11]), "16 bytes packed, expected 17"),
+        "nine bits": Hostile(described([KEY, 16, 9, 4, 8]), r"is not \[bits, \*shape\]"),
+        "no bits": Hostile(described([KEY, 16, 0, 4, 8]), r"is not \[bits, \*shape\]"),
+        "a negative size": Hostile(described([KEY, 16, 4, -4, -8]), r"is not \[bytes, bits, \*shape\]"),
+        "bits that are true": Hostile(described([KEY, 16, True, 4, 8]), r"is not \[bytes, bits, \*shape\]"),
+        "sizes of 2**47": Hostile(described([KEY, 16, 4, huge, huge, huge]), r"is not \[bytes, bits, \*shape\]"),
+        "sizes of 10**4000": Hostile(described([KEY, 16, 4, 10**4000]), r"is not \[bytes, bits, \*shape\]"),
+        "thirty dimensions": Hostile(described([KEY, 16, 4, *[1] * 30]), r"is not \[bytes, bits, \*shape\]"),
+        "one integer too many": Hostile(described([KEY, 16, 4, 3, 11]), "16 bytes packed, expected 17"),
         "an unknown dtype": Hostile(edited(lambda h: h[INTEGERS].update(dtype="OBJECT")), "expected dtype"),
         "a dtype that is a list": Hostile(edited(lambda h: h[INTEGERS].update(dtype=["U8"])), "expected dtype"),
         "a field too many": Hostile(edited(lambda h: h[INTEGERS].update(extra=1)), "expected dtype"),

@@ -6,7 +6,8 @@ import math
 
 from storage.device.resolve import parse_release
 from storage.errors import StorageError
-from storage.shard import load_tensors, read_base, read_shard
+from storage.shard import read_base, read_shard
+from storage.tensor_file import load_tensors
 
 
 def one_line(error: object) -> None:

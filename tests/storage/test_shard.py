@@ -17,16 +17,8 @@ from safetensors import SafetensorError, deserialize, safe_open
 
 from nestquant.packing import pack, unpack
 from storage.errors import InvalidShard
-from storage.shard import (
-    MAX_HEADER_BYTES,
-    IntegerTensor,
-    build_base,
-    build_shard,
-    load_tensors,
-    read_base,
-    read_shard,
-    save_tensors,
-)
+from storage.shard import IntegerTensor, build_base, build_shard, read_base, read_shard
+from storage.tensor_file import MAX_HEADER_BYTES, load_tensors, save_tensors
 from tests.storage.artifacts import integers
 
 
@@ -39,17 +31,18 @@ def test_golden_bytes() -> None:
     encoded = build_shard(
         {"a[0:1]/level0": packed_tensor([-8, 7, 1, -1], 4)}, {"a[0:1]/scale": np.array([0.5], np.float32)}
     )
-    document = b'{"integers":[["a[0:1]/level0",4,1,4]],"tensors":["a[0:1]/scale"]}'
+    document = b'{"integers":[["a[0:1]/level0",2,4,1,4]],"tensors":[["a[0:1]/scale","F32",1]]}'
     index = zstandard.ZstdCompressor(level=19).compress(document)
+    scale = zstandard.ZstdCompressor(level=19).compress(b"\x00\x00\x00\x3f")
     end = len(index)
     header = (
         '{"__metadata__":{"codec":"packed","format":"nestquant.shard.v1"},'
         f'"index":{{"dtype":"U8","shape":[{end}],"data_offsets":[0,{end}]}},'
-        f'"0":{{"dtype":"U8","shape":[2],"data_offsets":[{end},{end + 2}]}},'
-        f'"1":{{"dtype":"F32","shape":[1],"data_offsets":[{end + 2},{end + 6}]}}}}'
+        f'"integers":{{"dtype":"U8","shape":[2],"data_offsets":[{end},{end + 2}]}},'
+        f'"tensors":{{"dtype":"U8","shape":[{len(scale)}],"data_offsets":[{end + 2},{end + 2 + len(scale)}]}}}}'
     ).encode()
     padded = header + b" " * (-len(header) % 8)
-    payload = index + bytes([0x78, 0xF1]) + b"\x00\x00\x00\x3f"
+    payload = index + bytes([0x78, 0xF1]) + scale
     assert encoded.data == len(padded).to_bytes(8, "little") + padded + payload
     assert (encoded.codec, encoded.decoded_bytes, encoded.payload_bytes) == ("packed", 4, {"a[0:1]/level0": 2})
 
@@ -97,7 +90,7 @@ def test_same_content_same_bytes_and_declared_order() -> None:
     assert data == build_shard(pieces, {}).data
     assert data != build_shard(dict(sorted(pieces.items())), {}).data
     assert list(read_shard(data).integers) == ["b", "a"]
-    assert list(load_tensors(data)[0]) == ["b", "a"]
+    assert list(load_tensors(data)[0]) == ["index", "integers", "tensors"]
 
 
 def test_the_library_reads_the_same(tmp_path: Path) -> None:
@@ -210,14 +203,18 @@ def test_hostile_files_are_refused(name: str) -> None:
 
 
 def shard_of(bits: object, shape: list[object], payload: bytes, *, codec: str = "zstd") -> bytes:
-    return indexed({"integers": [["a", bits, *shape]], "tensors": []}, np.frombuffer(payload, np.uint8), codec=codec)
+    return indexed({"integers": [["a", len(payload), bits, *shape]], "tensors": []}, payload, codec=codec)
 
 
-def indexed(index: object, *tensors: np.ndarray, **metadata: str) -> bytes:
-    """Return a shard with this index and these tensors, numbered."""
-    first = np.frombuffer(zstandard.compress(json.dumps(index).encode()), np.uint8)
-    numbered = {str(number): tensor for number, tensor in enumerate(tensors)}
-    return save_tensors({"index": first, **numbered}, {"codec": "zstd", "format": "nestquant.shard.v1"} | metadata)
+def indexed(index: object, payload: bytes = b"", **metadata: str) -> bytes:
+    """Return a shard with this index over these integers."""
+    sections = {
+        "index": zstandard.compress(json.dumps(index).encode()),
+        "integers": payload,
+        "tensors": zstandard.compress(b""),
+    }
+    tensors = {name: np.frombuffer(raw, np.uint8) for name, raw in sections.items()}
+    return save_tensors(tensors, {"codec": "zstd", "format": "nestquant.shard.v1"} | metadata)
 
 
 def frame(data: bytes, *, write_content_size: bool = True) -> bytes:
@@ -241,8 +238,7 @@ HOSTILE_SHARDS: dict[str, Callable[[], bytes]] = {
     "no shape": lambda: shard_of(4, [], frame(bytes(1))),
     "negative shape": lambda: shard_of(4, [-2, -2], frame(bytes(4))),
     "unknown codec": lambda: shard_of(4, [2, 2], frame(bytes(4)), codec="lzma"),
-    "no such tensor": lambda: indexed({"integers": [["a", 4, 1]], "tensors": []}),
-    "floats as integers": lambda: indexed({"integers": [["a", 4, 4]], "tensors": []}, np.zeros(4, np.float32)),
+    "no such tensor": lambda: indexed({"integers": [["a", 1, 4, 1]], "tensors": []}),
     "more metadata": lambda: indexed({"integers": [], "tensors": []}, x=""),
     "another format": lambda: indexed({"integers": [], "tensors": []}, format="nestquant.shard.v2"),
     "no index": lambda: save_tensors({}, {"codec": "zstd", "format": "nestquant.shard.v1"}),
