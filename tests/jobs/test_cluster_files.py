@@ -13,6 +13,10 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+from typer.testing import CliRunner
+
+from jobs.cli import app
+from jobs.errors import SpecError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_FILES = ("ray_cluster.yaml", "deploy/ray_cluster_local.yaml")
@@ -98,3 +102,10 @@ def test_the_rayjob_reads_the_spec_that_it_mounts() -> None:
     assert words[:2] == ["nestquant", "zoo"]
     assert Path(words[2]).parent == Path(mount["mountPath"])
     assert [volume["name"] for volume in head["volumes"]] == [mount["name"]]
+
+
+def test_the_rayjobs_command_is_one_that_we_have() -> None:
+    words = shlex.split(_read("deploy/rayjob.yaml")["spec"]["entrypoint"])
+    ended = CliRunner().invoke(app, words[1:])
+    assert isinstance(ended.exception, SpecError)
+    assert str(ended.exception) == "No spec at /etc/nestquant/zoo.yaml: there is no such file."
