@@ -25,7 +25,7 @@ _HALF_BINS = 4096
 """Bins on each side of zero; 64 KiB of counts."""
 _MIN_EXPONENT = -160
 """Bin width of all-zero data; below the smallest float32 (2^-149) shared by all the bins on one side."""
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 _MSE_CANDIDATES = 128
 
 
@@ -100,20 +100,21 @@ class Histogram:
     def of(cls, values: Tensor | NDArray[np.floating[Any]]) -> Histogram:
         """Return the histogram of all the elements of a tensor, taken as float32; ValueError for NaN or infinity."""
         tensor = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
-        flat = tensor.to("cpu", torch.float32).reshape(-1).numpy()
-        if not flat.size:
+        flat = tensor.to("cpu", torch.float32).reshape(-1)
+        if not flat.numel():
             return cls.empty()
-        # Plus zero: a negative zero would make the state depend on the order.
-        low, high = min(float(flat.min()), 0.0) + 0.0, max(float(flat.max()), 0.0) + 0.0
+        # Adding zero turns -0.0 into 0.0, which compares equal but is other bytes.
+        low, high = (float(end) for end in torch.aminmax(flat))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("activations hold NaN or infinity")
+        low, high = min(low, 0.0) + 0.0, max(high, 0.0) + 0.0
         exponent = _exponent(max(-low, high))
-        counts = np.zeros(2 * _HALF_BINS, dtype=np.int64)
-        for start in range(0, flat.size, _CHUNK):
-            scaled = np.ldexp(flat[start : start + _CHUNK].astype(np.float64), -exponent)
-            index = np.floor(scaled, out=scaled).astype(np.int64) + _HALF_BINS
-            counts += np.bincount(index, minlength=2 * _HALF_BINS)
-        return cls(exponent, counts, low, high)
+        counts = torch.zeros(2 * _HALF_BINS, dtype=torch.int64)
+        for chunk in torch.split(flat, _CHUNK):
+            # In float64 the product with a power of two is exact, also for subnormal values.
+            index = chunk.double().mul_(2.0**-exponent).floor_().to(torch.int32).add_(_HALF_BINS)
+            counts += torch.bincount(index, minlength=2 * _HALF_BINS)
+        return cls(exponent, counts.numpy(), low, high)
 
     @property
     def count(self) -> int:
