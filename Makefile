@@ -59,6 +59,7 @@ bench: $(BIN)/.ready
 tables: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.accuracy_table
 	$(BIN)/python -m tests.benchmarks.size_table
+	$(BIN)/python -m tests.benchmarks.readme_tables
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
