@@ -40,7 +40,7 @@ class QParams:
         return QParams(self.scale.to(device), self.zero_point.to(device))
 
 
-def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme) -> QParams:
+def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme, steps: int | None = None) -> QParams:
     """Return the grid of ``weight``, a float tensor ``[O, ...]`` with the output channel first.
 
     Asymmetric: the range of a channel is widened to hold zero, so zero is exact. Symmetric: the zero point is 0
@@ -49,6 +49,9 @@ def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme) -> QParams:
     number is widened to it, as a denormal scale would be flushed to zero on some devices. Ranges are taken in float64,
     so that the largest float32 does not overflow.
 
+    ``steps``: how many steps of the grid a channel's range takes (asymmetric), or the larger of its two sides
+    (symmetric); all that there are by default. Fewer leave room at the top.
+
     Raises ValueError for NaN or infinite weights, no elements, or fewer than two dimensions.
     """
     flat = _rows(weight)
@@ -56,11 +59,11 @@ def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme) -> QParams:
         if bits < 2:
             raise ValueError("the symmetric scheme needs at least 2 bits")
         extent = flat.abs().amax(dim=1).double()
-        scale = _safe_scale(extent, (1 << (bits - 1)) - 1)
+        scale = _safe_scale(extent, steps or (1 << (bits - 1)) - 1)
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
     low = flat.amin(dim=1).clamp(max=0).double()
     high = flat.amax(dim=1).clamp(min=0).double()
-    scale = _safe_scale(high - low, (1 << bits) - 1)
+    scale = _safe_scale(high - low, steps or (1 << bits) - 1)
     qmin, qmax = signed_range(bits)
     zero_point = (qmin - torch.round(low / scale.double())).clamp(qmin, qmax)
     return QParams(scale, zero_point.to(torch.int32))
@@ -101,6 +104,9 @@ def _rows(weight: Tensor) -> Tensor:
 def _safe_scale(extent: Tensor, steps: int) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny
     scale = (extent / steps).float().clamp(min=tiny)
+    # Rounded up, the scale of a range next to float32's largest number would take its far end to infinity.
+    largest = torch.finfo(torch.float32).max
+    scale = torch.where(scale.double() * steps > largest, torch.nextafter(scale, torch.zeros_like(scale)), scale)
     return torch.where(extent == 0, torch.ones_like(scale), scale)
 
 

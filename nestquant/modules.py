@@ -37,6 +37,8 @@ class NestedLayer(nn.Module):
         if parameter:
             cls.parameter = parameter
             setattr(cls, parameter, property(NestedLayer._weight, doc="The float weight of the active level."))
+            if parameter == "weight":
+                cls.bias = property(NestedLayer._bias, doc="The bias of the active level.")  # type: ignore[attr-defined]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's own forward over the nested weight.
@@ -69,6 +71,12 @@ class NestedLayer(nn.Module):
     def _weight(self) -> Tensor:
         held = self._held
         return self.nested() if held is None else held
+
+    def _bias(self) -> Tensor | None:
+        own, added = self._parameters.get("bias"), self.nested.bias()
+        if own is None or added is None:
+            return own if added is None else added
+        return own + added
 
 
 class NestedConv1d(NestedLayer, nn.Conv1d, parameter="weight"):
@@ -111,7 +119,13 @@ def from_float(
     bits = weight.config.bits
     parts = pack_parts(weight.parts, bits)
     return from_packed(
-        module, qparams=weight.qparams, bits=bits, parts=parts, residency=residency, activation=activation
+        module,
+        qparams=weight.qparams,
+        bits=bits,
+        parts=parts,
+        residency=residency,
+        activation=activation,
+        biases=weight.biases,
     )
 
 
@@ -123,18 +137,22 @@ def from_packed(
     parts: Sequence[Packed],
     residency: Residency = "packed",
     activation: ActivationQParams | None = None,
+    biases: Tensor | None = None,
 ) -> NestedLayer:
     """Return ``module`` as a nested layer over packed levels: level 0 alone, or as many as there are.
 
-    ``module`` may be on the ``meta`` device: only its class, attributes and the shape of its weight count. It is not
-    changed; bias and submodules are shared with it. Raises TypeError for a layer that cannot be nested, ValueError
-    where the parts do not fit its weight.
+    ``biases``: what each level adds to the layer's bias, float16 ``[levels, O]``. ``module`` may be on the ``meta``
+    device: only its class, attributes and the shape of its weight count. It is not changed; bias and submodules are
+    shared with it. Raises TypeError for a layer that cannot be nested, ValueError where the parts do not fit its
+    weight, or biases stand beside a weight that is not the layer's only one.
     """
     kind, parameter = kind_of(module) or (None, "")
     weight = module._parameters.get(parameter)
     if kind is None or weight is None:
         raise TypeError(f"{type(module).__name__} has no weight parameter that can be nested")
     assert weight is not None
+    if biases is not None and parameter != "weight":
+        raise ValueError(f"{type(module).__name__} has no bias of one level for its {parameter}")
     cls = _nested_class(type(module))  # type: ignore[arg-type]  # mypy looks at the hash of instances
     layer = cls.__new__(cls)
     layer.__dict__.update(
@@ -150,6 +168,7 @@ def from_packed(
         groups=getattr(module, "groups", 1),
         residency=residency,
         dtype=weight.dtype,
+        biases=biases,
     )
     layer.activation = activation
     layer._held = None

@@ -28,11 +28,12 @@ class NestedWeight(nn.Module):
     shape and dtype.
 
     Buffers are not persistent: a state dict of a nested model holds the float parameters alone, and the levels travel
-    as shards. Casting the model (``half()``) casts the weights that come out, never the scales.
+    as shards. Casting the model (``half()``) casts the weights and biases that come out, never what they are made of.
     """
 
     scale: Tensor
     zero_point: Tensor
+    biases: Tensor | None
     expanded: Tensor | None
 
     def __init__(
@@ -46,10 +47,13 @@ class NestedWeight(nn.Module):
         groups: int = 1,
         residency: Residency = "packed",
         dtype: torch.dtype = torch.float32,
+        biases: Tensor | None = None,
     ) -> None:
         """Hold ``parts``, packed levels from level 0 up, one at least, of a weight of ``shape`` as its layer stores it.
 
-        Raises ValueError where bits, qparams, parts and shape do not fit together.
+        ``biases``: what each level adds to the layer's bias, float16 ``[levels, O]``.
+
+        Raises ValueError where bits, qparams, parts, shape and biases do not fit together.
         """
         super().__init__()
         check_bits(bits)
@@ -62,11 +66,15 @@ class NestedWeight(nn.Module):
             raise ValueError(f"{self.shape[0]} output channels need as many scales; got {qparams.scale.shape[0]}")
         if not 1 <= len(parts) <= len(bits):
             raise ValueError(f"bits {bits} have 1 to {len(bits)} parts; got {len(parts)}")
+        wanted = (len(bits), self.shape[0])
+        if biases is not None and (biases.shape != wanted or biases.dtype != torch.float16):
+            raise ValueError(f"biases must be float16 {wanted}; got {biases.dtype} {tuple(biases.shape)}")
         self._residency: Residency = "packed"
         self._explicit_level: int | None = None
         self.level_count = 0
         self.register_buffer("scale", qparams.scale.clone(), persistent=False)
         self.register_buffer("zero_point", qparams.zero_point.clone(), persistent=False)
+        self.register_buffer("biases", None if biases is None else biases.clone(), persistent=False)
         self.register_buffer("expanded", None, persistent=False)
         for part in parts:
             self._append(self.check_next(part))  # Not ``accept``: an expanded weight is built once, at the end.
@@ -157,6 +165,10 @@ class NestedWeight(nn.Module):
         """Return the weight of the active level, in the layer's shape and dtype."""
         return self._build() if self.expanded is None else self.expanded
 
+    def bias(self) -> Tensor | None:
+        """Return what the active level adds to the layer's bias, ``[O]`` in the layer's dtype; None if nothing."""
+        return None if self.biases is None else self.biases[self.level].to(self.dtype)
+
     def extra_repr(self) -> str:
         """Describe bits, levels and residency."""
         return f"bits={self.bits}, levels={self.level_count}, level={self.level}, residency={self.residency!r}"
@@ -187,11 +199,13 @@ class NestedWeight(nn.Module):
         return value.bitwise_left_shift_(final_shift) if final_shift else value
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> NestedWeight:
-        scale = self.scale
+        scale, biases = self.scale, self.biases
         dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
             self.scale = scale.to(self.scale.device)
+        if self.biases is not None and biases is not None and self.biases.dtype != biases.dtype:
+            self.biases = biases.to(self.scale.device)
         if dtype != self.dtype:
             self.dtype = dtype
             self._refresh()

@@ -14,11 +14,15 @@ from nestquant.rounding import adaptive_round, round_nearest
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight's grid and its levels: ``parts[0]`` is high, ``parts[k]`` the k-th low; int8 ``[O, I, *kernel]``."""
+    """A weight's grid and its levels: ``parts[0]`` is high, ``parts[k]`` the k-th low; int8 ``[O, I, *kernel]``.
+
+    ``biases``: what each level adds to the layer's bias, float16 ``[levels, O]``; None where no level adds any.
+    """
 
     qparams: QParams
     parts: tuple[Tensor, ...]
     config: NestConfig
+    biases: Tensor | None = None
 
     def dequantize(self, level: int | None = None) -> Tensor:
         """Return the float32 weight that runs with levels ``0..level`` (all of them by default)."""

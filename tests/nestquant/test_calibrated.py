@@ -1,0 +1,198 @@
+"""The recipe ``calibrated``: input columns, moments, error feedback, targets, biases."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nestquant.calibrated import calibrate_weight
+from nestquant.config import NestConfig, Scheme
+from nestquant.error_feedback import damped, error_feedback_round
+from nestquant.modules import from_float
+from nestquant.moments import POSITIONS, Moments, has_columns, input_columns
+from nestquant.nesting import recompose
+from nestquant.quantize import quantize_weight
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYERS = [
+    nn.Linear(6, 4),
+    nn.Conv1d(4, 6, 3, stride=2, padding=1),
+    nn.Conv2d(4, 6, 3, padding=2, dilation=2),
+    nn.Conv2d(4, 8, (3, 2), stride=(1, 2), groups=2),
+    nn.Conv2d(6, 6, 3, padding="same", groups=6),
+    nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+]
+INPUTS = [(2, 5, 6), (2, 4, 9), (2, 4, 7, 7), (2, 4, 6, 6), (2, 6, 5, 5), (2, 3, 6, 6)]
+
+
+@pytest.mark.parametrize(("layer", "shape"), list(zip(LAYERS, INPUTS, strict=True)), ids=str)
+def test_weights_times_columns_are_the_layers_outputs(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) -> None:
+    inputs = random(*shape)
+    with torch.no_grad():
+        layer.bias.zero_()  # type: ignore[union-attr]
+        expected = layer(inputs)
+        columns = input_columns(layer, inputs)
+        groups = columns.shape[0]
+        outputs = layer.weight.reshape(groups, layer.weight.shape[0] // groups, -1) @ columns
+    flat = expected if isinstance(layer, nn.Linear) else expected.movedim(1, -1)
+    seen = outputs.flatten(0, 1).t().sort(dim=0).values
+    assert torch.allclose(seen, flat.flatten(0, -2).sort(dim=0).values, atol=1e-5)
+
+
+def test_large_images_count_at_the_same_few_positions() -> None:
+    layer = nn.Conv2d(2, 2, 1)
+    inputs = random(3, 2, 40, 40)
+    columns = input_columns(layer, inputs)
+    assert columns.shape == (1, 2, 3 * POSITIONS)
+    first = input_columns(layer, inputs[:1])
+    assert torch.equal(columns.reshape(2, POSITIONS, 3)[..., 0], first[0])
+
+
+def test_layers_that_read_their_input_otherwise_have_no_columns() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(functional.pad(inputs, (0, 1, 0, 1)))
+
+    assert has_columns(nn.Conv2d(2, 2, 3))
+    for layer in (Padded(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.ReLU()):
+        assert not has_columns(layer)
+        with pytest.raises(TypeError, match="no way to read the inputs of"):
+            input_columns(layer, random(1, 2, 4, 4))
+
+
+def test_merged_moments_are_those_of_all_the_columns() -> None:
+    x, y = random(2, 3, 50), random(2, 3, 50, seed=1)
+    whole = Moments.of(x, y)
+    merged = Moments.merge([Moments.of(x[..., :20], y[..., :20]), Moments.of(x[..., 20:], y[..., 20:])])
+    assert merged.count == 50
+    for name in ("x", "y", "xy", "yy"):
+        assert torch.allclose(getattr(merged, name), getattr(whole, name), rtol=1e-14, atol=1e-13), name
+    cross, own = whole.centred()
+    for group in range(2):
+        expected = torch.cov(torch.cat([x[group], y[group]]).double(), correction=0)
+        assert torch.allclose(cross[group], expected[:3, 3:], atol=1e-12)
+        assert torch.allclose(own[group], expected[3:, 3:], atol=1e-12)
+
+
+def loss(q: Tensor, x: Tensor, second: Tensor) -> Tensor:
+    error = q - x
+    return ((error @ second) * error).sum(-1)
+
+
+def test_error_feedback_comes_near_the_best_of_all_roundings() -> None:
+    """Four inputs have 81 neighbours to try; nearest is far from the best of them where inputs go together."""
+    mixed = random(4, 4, seed=3).double()
+    second = (mixed @ mixed.t() + 0.05 * torch.eye(4))[None].double()
+    x = 3 * random(1, 200, 4, seed=4).double()
+    bound = torch.full_like(x, 100)
+    q = error_feedback_round(x, second=second, low=-bound, high=bound, damping=0.0)
+    steps = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=4)), dtype=torch.float64)
+    best = loss(x.round()[0, :, None] + steps, x[0, :, None], second[0]).amin(dim=1)
+    nearest, found = loss(x.round(), x, second)[0], loss(q, x, second)[0]
+    assert torch.equal(q, q.round())
+    assert found.mean() < 0.5 * nearest.mean()
+    assert found.mean() < 1.25 * best.mean()
+
+
+def test_independent_inputs_are_rounded_to_nearest_within_their_bounds() -> None:
+    x = 4 * random(3, 5, 7).double()
+    second = torch.diag_embed(torch.rand(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1)
+    low, high = torch.full_like(x, -3), torch.full_like(x, 2)
+    q = error_feedback_round(x, second=second, low=low, high=high)
+    assert torch.equal(q, x.round().clamp(-3, 2))
+
+
+def test_inputs_that_are_always_zero_have_no_preference() -> None:
+    x = random(1, 2, 3).double()
+    bound = torch.full_like(x, 9)
+    q = error_feedback_round(x, second=torch.zeros(1, 3, 3).double(), low=-bound, high=bound)
+    assert torch.equal(q, x.round())
+    assert torch.equal(damped(torch.zeros(1, 3, 3), 0.01), torch.eye(3)[None])
+
+
+def test_moments_that_do_not_fit_are_refused() -> None:
+    x = random(1, 2, 3).double()
+    with pytest.raises(ValueError, match=r"must have shape \(1, 3, 3\)"):
+        error_feedback_round(x, second=torch.eye(2)[None], low=x, high=x)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        error_feedback_round(x, second=torch.full((1, 3, 3), torch.nan), low=x, high=x)
+    columns = random(1, 3, 40)
+    with pytest.raises(ValueError, match="2 levels need as many moments; got 1"):
+        calibrate_weight(random(4, 3), NestConfig(), [Moments.of(columns, columns)])
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        calibrate_weight(random(4, 5), NestConfig(), [Moments.of(columns, columns)] * 2)
+
+
+CONFIGS: list[tuple[tuple[int, ...], Scheme]] = [
+    ((8, 4), "asymmetric"),
+    ((8, 3), "symmetric"),
+    ((8, 6, 4), "asymmetric"),
+    ((6, 4), "asymmetric"),
+    ((8, 1), "symmetric"),
+    ((2, 1), "asymmetric"),
+    ((8,), "asymmetric"),
+    ((1,), "asymmetric"),
+]
+
+
+@pytest.mark.parametrize(("bits", "scheme"), CONFIGS)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_every_level_is_nearer_to_the_float_outputs_than_without_data(
+    bits: tuple[int, ...], scheme: Scheme, groups: int
+) -> None:
+    """The float layer on ``x`` is what counts, the quantized one sees ``y``: on the very columns, with their bias."""
+    weight = random(8, 12 // groups, 2, 1, seed=5)
+    mixed = random(groups, 24 // groups, 24 // groups, seed=6)
+    x = mixed @ random(groups, 24 // groups, 2000, seed=7) + 1
+    y = x + 0.1 * random(groups, 24 // groups, 2000, seed=8)
+    config = NestConfig(bits=bits, scheme=scheme)
+    solved = calibrate_weight(weight, config, [Moments.of(x, y)] * len(bits), groups=groups)
+    plain = quantize_weight(weight, config)
+    recompose(solved.parts, bits)  # raises where a level leaves its grid
+    for part, width in zip(solved.parts, config.level_bits, strict=True):
+        assert int(part.min()) >= -(1 << (width - 1))
+        assert int(part.max()) < 1 << (width - 1)
+    assert solved.biases is not None
+
+    def outputs(values: Tensor, columns: Tensor) -> Tensor:
+        return (values.reshape(groups, 8 // groups, -1) @ columns).flatten(0, 1)
+
+    wanted = outputs(weight, x)
+    for level in range(len(bits)):
+        ours = outputs(solved.dequantize(level), y) + solved.biases[level].float()[:, None]
+        theirs = outputs(plain.dequantize(level), y)
+        assert (ours - wanted).mean(dim=1).abs().max() < 2e-2
+        if config.grid_bits(level) > 1:  # two integers for all weights: nothing to choose from
+            assert (ours - wanted).square().mean() < (theirs - wanted).square().mean()
+
+
+def test_a_nested_layer_adds_the_bias_of_the_level_that_runs() -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    inputs = random(2, 4, 5, 5)
+    columns = input_columns(layer, inputs)
+    weight = calibrate_weight(layer.weight, NestConfig(), [Moments.of(columns, columns)] * 2)
+    assert weight.biases is not None
+    nested = from_float(layer, weight)
+    assert set(nested.state_dict()) == {"bias"}
+    for level in (1, 0):
+        nested.nested.set_level(level)
+        bias = layer.bias + weight.biases[level]  # type: ignore[operator]
+        expected = functional.conv2d(inputs, weight.dequantize(level), bias, padding=1)
+        assert torch.equal(nested(inputs), expected)
+    without = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    nested = from_float(without, weight)
+    expected = functional.conv2d(inputs, weight.dequantize(1), weight.biases[1].float(), padding=1)
+    assert torch.equal(nested(inputs), expected)
+    assert nested.resident_bytes == from_float(without, quantize_weight(layer.weight, NestConfig())).resident_bytes + 24
+    half = nested.half()
+    assert half.nested.biases is not None
+    assert half.nested.biases.dtype == torch.float16
+    assert torch.equal(half.nested.biases, weight.biases)
