@@ -28,6 +28,7 @@ _WORDS = {
     "stage": "bring the weights",
     "plan": "plan layers, shards and tasks",
     "calibrate": "calibrate activation ranges",
+    "reconstruct": "choose integers and biases, layer after layer",
     "quantize": "quantize, pack and store",
     "publish": "publish the manifest",
     "pull": "pull it back as a device",

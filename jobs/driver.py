@@ -1,4 +1,4 @@
-"""The main job, stage by stage: validate, stage, plan, calibrate, quantize, publish, pull back, evaluate, tag.
+"""The main job by stages: validate, stage, plan, calibrate, reconstruct, quantize, publish, pull back, evaluate, tag.
 
 The driver moves names and digests; weights go from the checkpoint to a worker and from there to the store. What is
 published is pulled back as a device would, and measured; with a gate in the spec, a version that falls short stays
@@ -18,6 +18,7 @@ from jobs.calibration import Calibrated, calibrate
 from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
 from jobs.plan import Plan, make_plan
+from jobs.reconstruction import Reconstructed, moments_bytes, reconstruct
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
 from jobs.signing import load_keys
 from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
@@ -50,6 +51,14 @@ class Prepared:
     calibration_digest: str | None
     job: str
 
+    @property
+    def context(self) -> TaskContext:
+        """Return where the job's tasks read and write."""
+        source = self.staged.source
+        return TaskContext(
+            store_uri=self.registry.store.uri, source_store=source.store, source_key=source.key, job=self.job
+        )
+
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Prepared:
     """Check everything that can be checked before work starts, bring the weights where workers read them, and plan.
@@ -72,7 +81,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
             staged.order,
             {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()},
         )
-    executor.require(plan.task_bytes)
+    executor.require(max(plan.task_bytes, *(moments_bytes(layer) for layer in plan.solved_layers), 0))
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
     return Prepared(registry, staged, plan, calibration_digest, job)
 
@@ -82,6 +91,7 @@ class Outcome:
     """What the stages after the plan brought."""
 
     calibrated: Calibrated
+    reconstructed: Reconstructed
     results: Sequence[UnitResult]
     published: Published
     manifest: Manifest
@@ -116,10 +126,14 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
     with clock.stage("calibrate"):
         digest, progress = prepared.calibration_digest, clock.progress("calibrate")
         calibrated = calibrate(spec, staged, plan, executor, digest=digest, on_done=progress)
+    reconstructed = Reconstructed()
+    if plan.solved_layers:
+        with clock.stage("reconstruct"):
+            reconstructed = _reconstruct(spec, prepared, executor, clock)
     with clock.stage("quantize"):
         results = _quantize(prepared, executor, clock)
     with clock.stage("publish"):
-        draft = _manifest(spec, prepared, calibrated, results)
+        draft = _manifest(spec, prepared, calibrated, reconstructed, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
         if gate is None:
             _tag(registry, published, spec.store)
@@ -135,7 +149,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
     fault = None if gate is None else gate_fault(gate, measured)
     if gate is not None and fault is None:
         _tag(registry, published, spec.store)
-    return Outcome(calibrated, results, published, manifest, pull, measured, fault)
+    return Outcome(calibrated, reconstructed, results, published, manifest, pull, measured, fault)
 
 
 def _check_store(registry: Registry, *, single_writer: bool) -> None:
@@ -160,12 +174,22 @@ def _check_images(spec: JobSpec, folder: Path) -> str | None:
     return images.digest(min(spec.calibration.samples, len(images)))
 
 
-def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list[UnitResult]:
-    registry, plan, source = prepared.registry, prepared.plan, prepared.staged.source
-    context = TaskContext(
-        store_uri=registry.store.uri, source_store=source.store, source_key=source.key, job=prepared.job
+def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Reconstructed:
+    return reconstruct(
+        spec,
+        prepared.staged,
+        prepared.plan,
+        executor,
+        network=outline(spec.model),
+        registry=prepared.registry,
+        context=prepared.context,
+        on_done=clock.progress("reconstruct"),
     )
-    bundles = [Bundle(context=context, units=units) for units in plan.tasks]
+
+
+def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list[UnitResult]:
+    plan = prepared.plan
+    bundles = [Bundle(context=prepared.context, units=units) for units in plan.tasks]
     total, results = len(plan.groups) + len(plan.base), list[UnitResult]()
     progress = clock.progress("quantize")
     for _, done in executor.map(run_bundle, bundles, memory_bytes=plan.task_bytes):
@@ -174,7 +198,13 @@ def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list
     return results
 
 
-def _manifest(spec: JobSpec, prepared: Prepared, calibrated: Calibrated, results: Sequence[UnitResult]) -> Manifest:
+def _manifest(
+    spec: JobSpec,
+    prepared: Prepared,
+    calibrated: Calibrated,
+    reconstructed: Reconstructed,
+    results: Sequence[UnitResult],
+) -> Manifest:
     staged, plan = prepared.staged, prepared.plan
     groups = sorted(
         (result.record for result in results if isinstance(result.record, GroupRecord)), key=lambda record: record.index
@@ -182,7 +212,11 @@ def _manifest(spec: JobSpec, prepared: Prepared, calibrated: Calibrated, results
     base = sorted(
         (result.record for result in results if isinstance(result.record, BaseRecord)), key=lambda record: record.index
     )
-    layers = tuple(layer.model_copy(update={"activation": calibrated.ranges.get(layer.name)}) for layer in plan.layers)
+    with_biases = {solved.layer for solved in reconstructed.layers if solved.biases}
+    layers = tuple(
+        layer.model_copy(update={"activation": calibrated.ranges.get(layer.name), "biases": layer.name in with_biases})
+        for layer in plan.layers
+    )
     float_bytes = sum(info.size_bytes for info in staged.tensors.values())
     return Manifest(
         name=spec.name,
@@ -200,7 +234,7 @@ def _manifest(spec: JobSpec, prepared: Prepared, calibrated: Calibrated, results
         base=tuple(record.descriptor for record in base),
         kept_float=plan.kept_float,
         preprocessing=staged.preprocessing.to_record(),
-        calibration=calibrated.record,
+        calibration=calibrated.record or reconstructed.record(prepared.calibration_digest),
         sizes=sizes_of(groups, sum(record.descriptor.size_bytes for record in base), layers, float_bytes),
         tool_versions=tool_versions(_TOOLS),
         job=prepared.job,
@@ -228,7 +262,8 @@ def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manife
 
 def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[str, float]) -> JobResult:
     published, sizes = outcome.published, outcome.manifest.sizes
-    skipped = [*outcome.calibrated.skipped, *(image for one in outcome.measured for image in one.skipped)]
+    skipped = [*outcome.calibrated.skipped, *outcome.reconstructed.skipped]
+    skipped += (image for one in outcome.measured for image in one.skipped)
     return JobResult(
         name=published.name,
         version=published.version,
@@ -248,7 +283,7 @@ def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[s
         pull=outcome.pull,
         seconds=seconds,
         skipped_images=tuple(dict.fromkeys(skipped)),
-        notes=prepared.staged.notes,
+        notes=(*prepared.staged.notes, *outcome.reconstructed.notes),
         gate=outcome.fault,
     )
 

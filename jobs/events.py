@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["validate", "stage", "plan", "calibrate", "quantize", "publish", "pull", "evaluate"]
+Stage = Literal["validate", "stage", "plan", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from jobs.errors import PlanError
@@ -32,6 +32,7 @@ class LayerPlan:
     bits: tuple[int, ...]
     scheme: str
     rounding: str
+    solution: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Plan:
     def weights(self) -> int:
         """Return the number of weights that are quantized."""
         return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def solved_layers(self) -> tuple[PieceTask, ...]:
+        """Return the layers that a recipe solves with images, each whole, in execution order."""
+        firsts = [piece for group in self.groups for piece in group.pieces if piece.start == 0]
+        return tuple(
+            piece.model_copy(update={"stop": piece.out_channels}) for piece in firsts if piece.solution is not None
+        )
 
     @property
     def task_bytes(self) -> int:
@@ -89,6 +98,8 @@ def make_plan(
             f"Nothing to quantize in {spec.model.arch}: "
             f"{len(kept)} layers stay float ({shown([record.name for record in kept])})."
         )
+    if recipe.recipe == "calibrated":
+        chosen = [replace(layer, solution=index) for index, layer in enumerate(chosen)]
     groups, pieces = _group(chosen, spec.store.shard_bytes)
     layers = tuple(_record(layer, pieces[layer.site.name]) for layer in chosen)
     quantized = {key for layer in chosen for key in layer.site.state_keys}
@@ -161,6 +172,7 @@ def _piece_task(layer: LayerPlan, piece: Piece) -> PieceTask:
             "bits": layer.bits,
             "scheme": layer.scheme,
             "rounding": layer.rounding,
+            "solution": layer.solution,
         }
     )
 

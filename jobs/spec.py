@@ -86,9 +86,12 @@ class ActivationSpec(Section):
 class QuantizeSpec(Section):
     """The recipe.
 
-    ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades.
+    ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades. ``recipe`` names the
+    steps: ``paper`` rounds by the weights alone, ``calibrated`` by what the calibration images make of each layer's
+    inputs (`nestquant.calibrated`); there ``rounding`` counts for layers whose inputs cannot be read.
     """
 
+    recipe: Literal["paper", "calibrated"] = "paper"
     bits: tuple[int, ...] = (8, 4)
     scheme: Scheme = "asymmetric"
     rounding: Literal["adaptive", "nearest"] = "adaptive"
@@ -121,7 +124,8 @@ class PreprocessSpec(Section):
 
 
 class CalibrationSpec(Section):
-    """Images that set the activation ranges: a folder, a tar or an npz.
+    """Images that set the activation ranges, and the integers where the recipe is ``calibrated``: a folder, a tar or an
+    npz.
 
     ``samples`` says how many of them, from the first.
     """
@@ -190,6 +194,10 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:
+        if self.quantize.recipe == "calibrated" and self.calibration is None:
+            raise ValueError(
+                "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; 'paper' works without images"
+            )
         activations = self.quantize.activations
         if activations is not None and activations.observer != "sigma" and self.calibration is None:
             raise ValueError(

@@ -96,7 +96,8 @@ class LayerRecord(Record):
     ``shape`` is that of the float weight in the state dict; axis 0 of the stored integers is the output channel.
 
     A layer's integers at level ``k`` are stored piece by piece under the key ``piece_key(name, start, stop, k)`` of the
-    piece's shard.
+    piece's shard. With ``biases``, its level-0 shard also says what each level adds to the layer's bias: float16
+    ``[levels, rows]`` under ``<name>[<start>:<stop>]/biases``.
     """
 
     name: LayerName
@@ -108,6 +109,7 @@ class LayerRecord(Record):
     scheme: Scheme
     pieces: tuple[Piece, ...] = Field(min_length=1)
     activation: ActivationRange | None = None
+    biases: bool = False
 
     def out_channels(self) -> int:
         """Return the number of output channels.
@@ -154,7 +156,10 @@ class ModelRecord(Record):
 
 
 class CalibrationRecord(Record):
-    """Which images set the activation ranges: their digest, how many were used, what was skipped."""
+    """Which images were calibrated with: their digest, how many were used, what was skipped.
+
+    ``observer`` set the activation ranges; ``moments`` where activations stay float and images choose integers alone.
+    """
 
     source_digest: Digest | None
     samples: int = Field(ge=0)

@@ -21,6 +21,7 @@ from workers.checkpoint import fetch, load_network
 from workers.errors import WorkError
 from workers.images import open_images
 from workers.tensors import TensorSource
+from workers.threads import threads
 from workers.zoo import Preprocessing
 
 NOISE_SEED = 0
@@ -64,7 +65,7 @@ def observe(task: CalibrateTask) -> Observed:
     # One thread: how a sum is split over threads changes its last bit, and a bit can move a value to the next bin.
     with (
         tempfile.TemporaryDirectory(prefix="nestquant-calibrate-") as folder,
-        _threads(1),
+        threads(1),
         _observed(network, task.layers) as histograms,
     ):
         if task.data is None:
@@ -111,13 +112,3 @@ def _observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

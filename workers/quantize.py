@@ -23,6 +23,7 @@ from storage.registry import Registry
 from storage.shard import IntegerTensor, build_base, build_shard
 from storage.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
+from workers.solutions import read_solution
 from workers.tasks import (
     BaseRecord,
     BaseTask,
@@ -64,7 +65,7 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
-    done = _do(registry, TensorSource(context.source_store, context.source_key), unit)
+    done = _do(registry, TensorSource(context.source_store, context.source_key), unit, context.job)
     # A second run of the same unit by design wrote the same blobs: the first record stands.
     with contextlib.suppress(AlreadyExists):
         registry.store.put(key, canonical_json(done.record), mode="create")
@@ -77,11 +78,11 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
     )
 
 
-def _do(registry: Registry, source: TensorSource, unit: Unit) -> _Done:
+def _do(registry: Registry, source: TensorSource, unit: Unit, job: str) -> _Done:
     try:
         reader = open_tensors(source)
         if isinstance(unit, GroupTask):
-            return _store_group(registry, reader, unit)
+            return _store_group(registry, reader, unit, job)
         return _store_base(registry, reader, unit)
     except (WorkError, StorageError):
         raise  # names its layer or key
@@ -126,7 +127,7 @@ def _finished(registry: Registry, key: str) -> UnitRecord | None:
     return record if all(registry.has_blob(descriptor) for descriptor in named) else None
 
 
-def _store_group(registry: Registry, reader: TensorReader, task: GroupTask) -> _Done:
+def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job: str) -> _Done:
     level_count = max(len(piece.bits) for piece in task.pieces)
     integers: list[dict[str, IntegerTensor]] = [{} for _ in range(level_count)]
     qparams: dict[str, np.ndarray] = {}
@@ -136,7 +137,9 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask) -> _
         weight = read_piece(reader, piece)
         bytes_read += weight.numel() * weight.element_size()
         try:
-            quantized = quantize_weight(weight, piece.config)
+            quantized = (
+                quantize_weight(weight, piece.config) if piece.solution is None else read_solution(registry, job, piece)
+            )
         except ValueError as error:
             raise WorkError(f"Layer {piece.layer!r}, output channels {piece.start}:{piece.stop}: {error}") from error
         for level, (part, bits) in enumerate(zip(quantized.parts, piece.config.level_bits, strict=True)):
@@ -146,6 +149,8 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask) -> _
         prefix = f"{piece.layer}[{piece.start}:{piece.stop}]"
         qparams[f"{prefix}/scale"] = quantized.qparams.scale.numpy()
         qparams[f"{prefix}/zero_point"] = quantized.qparams.zero_point.numpy().astype(np.int16)
+        if quantized.biases is not None:
+            qparams[f"{prefix}/biases"] = quantized.biases.numpy()
         records.append(_losses(piece, weight, quantized))
     descriptors = tuple(
         registry.put_shard(build_shard(integers[level], qparams if level == 0 else {})) for level in range(level_count)

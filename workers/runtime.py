@@ -125,12 +125,17 @@ def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: 
     """
     network = zoo.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
     _load_base(network, manifest, blob_path)
-    qparams: dict[str, QParams] = {}
-    for record, packed in _packed_level(manifest, blob_path, 0, qparams):
-        module = network.get_submodule(record.name)
+    grids: dict[str, _Grid] = {}
+    for record, packed in _packed_level(manifest, blob_path, 0, grids):
+        module, grid = network.get_submodule(record.name), grids.pop(record.name)
         try:
             nested = from_packed(
-                module, qparams=qparams.pop(record.name), bits=record.bits, parts=[packed], residency=residency
+                module,
+                qparams=grid.qparams,
+                bits=record.bits,
+                parts=[packed],
+                residency=residency,
+                biases=grid.biases,
             )
         except (TypeError, ValueError) as error:
             raise ArtifactError(
@@ -164,13 +169,21 @@ def _load_base(network: nn.Module, manifest: Manifest, blob_path: BlobPath) -> N
         )
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What stands beside a layer's integers in its level-0 shards."""
+
+    qparams: QParams
+    biases: torch.Tensor | None
+
+
 def _packed_level(
-    manifest: Manifest, blob_path: BlobPath, level: int, qparams: dict[str, QParams] | None = None
+    manifest: Manifest, blob_path: BlobPath, level: int, grids: dict[str, _Grid] | None = None
 ) -> Iterator[tuple[LayerRecord, UInt8Array]]:
     """Yield every layer that has this level with its packed integers; shards are opened one after the other, in
     order.
 
-    With level 0 comes each layer's ``qparams``, set before the layer is yielded.
+    With level 0 comes each layer's grid, set in ``grids`` before the layer is yielded.
     """
     shards = _ShardCursor(manifest, blob_path, level)
     for record in manifest.layers:
@@ -179,7 +192,9 @@ def _packed_level(
         bits = NestConfig(bits=record.bits).level_bits[level]
         row_shape = channel_first_shape(record.shape, record.kind, record.groups)[1:]
         rows: list[Int8Array] = []
-        scales, zero_points = [], []
+        beside: dict[str, list[torch.Tensor]] = {"scale": [], "zero_point": []}
+        if record.biases:
+            beside["biases"] = []
         for piece in record.pieces:
             shard = shards.at(piece.group)
             shape = (piece.stop - piece.start, *row_shape)
@@ -190,12 +205,11 @@ def _packed_level(
                 if shard.codec == "zstd"
                 else unpack(payload.view(np.uint8), bits, shape)
             )
-            if qparams is not None:
-                prefix = f"{record.name}[{piece.start}:{piece.stop}]"
-                scales.append(torch.from_numpy(shard.tensor(f"{prefix}/scale")))
-                zero_points.append(torch.from_numpy(shard.tensor(f"{prefix}/zero_point")).to(torch.int32))
-        if qparams is not None:
-            qparams[record.name] = QParams(torch.cat(scales), torch.cat(zero_points))
+            for key, found in beside.items() if grids is not None else ():
+                found.append(torch.from_numpy(shard.tensor(f"{record.name}[{piece.start}:{piece.stop}]/{key}")))
+        if grids is not None:
+            qparams = QParams(torch.cat(beside["scale"]), torch.cat(beside["zero_point"]).to(torch.int32))
+            grids[record.name] = _Grid(qparams, torch.cat(beside["biases"], dim=1) if record.biases else None)
         yield record, pack(rows[0] if len(rows) == 1 else np.concatenate(rows), bits)
 
 

@@ -13,7 +13,8 @@ from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescrip
 class PieceTask(Record):
     """Quantize output channels ``start:stop`` of one layer.
 
-    ``shape`` is that of the whole float weight in the checkpoint.
+    ``shape`` is that of the whole float weight in the checkpoint. ``solution`` numbers the layers that a recipe solves
+    with images, in execution order; None where the piece is quantized on its own.
     """
 
     layer: str
@@ -26,6 +27,7 @@ class PieceTask(Record):
     bits: tuple[int, ...]
     scheme: Scheme
     rounding: Literal["adaptive", "nearest"]
+    solution: int | None = None
 
     @property
     def config(self) -> NestConfig:
@@ -44,6 +46,11 @@ class PieceTask(Record):
         for extent in self.shape:
             total *= extent
         return total // self.out_channels * (self.stop - self.start)
+
+    @property
+    def inputs(self) -> int:
+        """Return the number of inputs of one output channel."""
+        return self.weights // (self.stop - self.start)
 
 
 class GroupTask(Record):

@@ -36,7 +36,7 @@ def test_golden_bytes() -> None:
     assert raw == '{"A":-0.0,"a":{"é":"\u2028"},"b":[1,2.5,null,true]}'.encode()
     layer = DRAFT.layers[0]
     assert canonical_json(layer) == (
-        b'{"activation":null,"bits":[8,4],"groups":1,"kind":"conv2d","name":"conv0","parameter":"conv0.weight",'
+        b'{"activation":null,"biases":false,"bits":[8,4],"groups":1,"kind":"conv2d","name":"conv0","parameter":"conv0.weight",'
         b'"pieces":[{"group":0,"start":0,"stop":16}],"scheme":"asymmetric","shape":[16,8,3,3]}'
     )
     assert piece_key("stage1.conv", 0, 64, 1) == "stage1.conv[0:64]/level1"

@@ -1,0 +1,122 @@
+"""The recipe ``calibrated`` as a job: the same bytes here and on Ray, resumed where it was killed, run by a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.driver import run_job
+from jobs.errors import SpecError
+from jobs.result import JobResult
+from jobs.spec import parse_spec
+from storage.device import Device, StoreSource
+from storage.registry import Registry
+from storage.uri import open_store
+from workers import reconstruct, runtime
+from workers.checkpoint import load_network
+from workers.executor import InProcessExecutor
+from workers.images import open_images
+from workers.remote import RayExecutor, RaySettings
+from workers.solutions import read_solution
+from workers.tasks import PieceTask
+from workers.tensors import TensorSource
+from workers.zoo import Preprocessing
+
+Document = Callable[..., dict[str, Any]]
+QUANTIZE = {"recipe": "calibrated", "bits": [8, 6, 4], "overrides": {"fc": {"bits": [8]}}}
+
+
+def local(document: dict[str, Any]) -> JobResult:
+    return run_job(parse_spec(document, where="test"), InProcessExecutor())
+
+
+def blobs(uri: str) -> dict[str, bytes]:
+    store = open_store(uri)
+    return {info.key: store.get(info.key) for info in store.list("blobs/")}
+
+
+def test_workers_and_task_sizes_change_no_byte_and_a_device_runs_it(
+    tiny_document: Document, tiny_checkpoint: Path, tiny_images: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    document = tiny_document(quantize=QUANTIZE)
+    result = local(document)
+    other = tiny_document(quantize=QUANTIZE, store__uri=str(tmp_path / "ray"), cluster={"task_weights": 20_000})
+    with RayExecutor(RaySettings(max_in_flight=3)) as executor:
+        on_ray = run_job(parse_spec(other, where="test"), executor)
+    uri = document["store"]["uri"]
+    assert on_ray.digest == result.digest
+    assert blobs(other["store"]["uri"]) == blobs(uri)
+    assert list(open_store(uri).list(f"jobs/{result.job.removeprefix('sha256:')}/moments/")) == []
+
+    registry = Registry(open_store(uri))
+    manifest = registry.resolve("tiny").manifest
+    assert manifest.calibration is not None
+    assert (manifest.calibration.samples, manifest.calibration.observer) == (24, "moments")
+    assert all(layer.biases for layer in manifest.layers)
+    device = Device(tmp_path / "device", StoreSource(registry.store), unsigned=True)
+    device.pull("tiny")
+    device.upgrade("tiny")
+    model = runtime.load(manifest, device.blob_path)
+    inputs, _ = next(open_images(tiny_images).batches(Preprocessing.from_record(manifest.preprocessing), batch_size=8))  # type: ignore[arg-type]
+    source = TensorSource(None, str(tiny_checkpoint))
+    for level in (0, 1, 2, 0):
+        model.to_level(level)
+        reference = load_network("timm", "test_resnet", {"num_classes": 10, "in_chans": 3}, source)
+        for index, layer in enumerate(manifest.layers):
+            piece = whole_piece(layer.model_dump(), index)
+            weight = read_solution(registry, result.job, piece)
+            module = reference.get_submodule(layer.name)
+            at = min(level, len(layer.bits) - 1)
+            assert weight.biases is not None
+            module.weight = torch.nn.Parameter(weight.dequantize(at))
+            own = 0 if module.bias is None else module.bias.detach()
+            module.bias = torch.nn.Parameter(own + weight.biases[at].float())
+        with torch.inference_mode():
+            assert torch.equal(model.network(inputs), reference(inputs)), level
+
+
+def whole_piece(layer: dict[str, Any], index: int) -> PieceTask:
+    keys = ("kind", "parameter", "shape", "groups", "bits", "scheme")
+    rest = {key: layer[key] for key in keys}
+    return PieceTask(layer=layer["name"], start=0, stop=layer["shape"][0], rounding="adaptive", solution=index, **rest)
+
+
+def test_a_job_killed_between_layers_goes_on_where_it_stopped(
+    tiny_document: Document, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    undisturbed = local(tiny_document(quantize=QUANTIZE, store__uri=str(tmp_path / "undisturbed")))
+    document = tiny_document(quantize=QUANTIZE)
+    solved: list[str] = []
+
+    def killed(task: reconstruct.SolveTask) -> reconstruct.SolvedRecord:
+        if len(solved) == 4:
+            raise KeyboardInterrupt
+        solved.append(task.layer.layer)
+        return reconstruct.solve(task)
+
+    monkeypatch.setattr("jobs.reconstruction.solve", killed)
+    with pytest.raises(KeyboardInterrupt):
+        local(document)
+    assert len(solved) == 4
+    again: list[str] = []
+
+    def noted(task: reconstruct.SolveTask) -> reconstruct.SolvedRecord:
+        again.append(task.layer.layer)
+        return reconstruct.solve(task)
+
+    monkeypatch.setattr("jobs.reconstruction.solve", noted)
+    result = local(document)
+    assert not set(again) & set(solved)
+    assert len(again) + len(solved) == len(result.layers)
+    assert result.digest == undisturbed.digest
+
+
+def test_the_recipe_needs_images(tiny_document: Document) -> None:
+    document = tiny_document(quantize=QUANTIZE)
+    del document["calibration"]
+    with pytest.raises(SpecError, match=r"quantize\.recipe 'calibrated' needs 'calibration"):
+        parse_spec(document, where="test")
