@@ -20,7 +20,6 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
     └── UnsafeStore          the store has no working put-if-absent, so two publishers could overwrite each other
 """
 
-
 from __future__ import annotations
 
 
