@@ -26,7 +26,11 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's digest, or its 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: nestquant submit resnet18.yaml --address http://head:8265 --wait")(submit)
-    jobs = typer.Typer(no_args_is_help=True, help="What became of submitted jobs; their record stands in the store.")
+    jobs = typer.Typer(
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        help="What became of submitted jobs; their record stands in the store.",
+    )
     jobs.command(name="ls", epilog="Example: nestquant jobs ls --store s3://models")(ls)
     jobs.command(epilog="Example: nestquant jobs status 3f9a2c --store s3://models")(status)
     jobs.command(epilog="Example: nestquant jobs logs 3f9a2c -f --store s3://models")(logs)

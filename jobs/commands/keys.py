@@ -15,7 +15,10 @@ RootKeys = Annotated[list[str], typer.Option("--root-key", help="A root key: a P
 Keys = Annotated[list[str], typer.Option("--key", help="A key: a PEM file, or env:NAME. Repeatable.")]
 Role = Literal["root", "publisher", "online"]
 
-app = typer.Typer(help=f"Keys and the root of trust. Key files may be encrypted: {PASSPHRASE} holds the passphrase.")
+app = typer.Typer(
+    rich_markup_mode=None,
+    help=f"Keys and the root of trust. Key files may be encrypted: {PASSPHRASE} holds the passphrase.",
+)
 
 
 def register(main: typer.Typer) -> None:

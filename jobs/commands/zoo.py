@@ -26,6 +26,7 @@ class _RunByDefault(TyperGroup):
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     zoo = typer.Typer(
+        rich_markup_mode=None,
         cls=_RunByDefault,
         no_args_is_help=True,
         help="Quantize many models with many recipes, and report on them.",
