@@ -27,6 +27,8 @@ from storage.uri import open_store
 PACKAGES = ("jobs", "workers", "nestquant", "storage")
 PENDING_TIMEOUT_S = 600.0
 _POLL_S = 1.0
+_AGENT_TIMEOUT_S = 120.0
+_NO_AGENT = "No available agent"
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,22 @@ class Cluster:
         """Submit one attempt."""
         words = ["python", "-m", "jobs.entry", record.store.uri, record.request, str(attempt.number)]
         modules = [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
-        try:
-            self.client.submit_job(
-                entrypoint=shlex.join(words),
-                submission_id=attempt.submission_id,
-                runtime_env={"py_modules": modules},
-                metadata={"job": record.request},
-            )
-        except Exception as error:  # the client raises RuntimeError, ConnectionError and requests' own
-            raise ClusterError(f"{self.address} refused the job: {str(error).strip().splitlines()[0]}") from error
+        deadline = time.monotonic() + _AGENT_TIMEOUT_S
+        while True:
+            try:
+                self.client.submit_job(
+                    entrypoint=shlex.join(words),
+                    submission_id=attempt.submission_id,
+                    runtime_env={"py_modules": modules},
+                    metadata={"job": record.request},
+                )
+                return
+            except Exception as error:  # the client raises RuntimeError, ConnectionError and requests' own
+                # A head that has just started answers before its job agent does.
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    first_line = str(error).strip().splitlines()[0]
+                    raise ClusterError(f"{self.address} refused the job: {first_line}") from error
+            time.sleep(_POLL_S)
 
     def status(self, attempt: Attempt) -> tuple[Status, str | None]:
         """Return what the cluster says of an attempt; LOST where it does not know it."""

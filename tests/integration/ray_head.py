@@ -33,12 +33,14 @@ class RayHead:
 def ray_head(num_cpus: int) -> Iterator[RayHead]:
     """Start a head; sockets want a short path, so its files do not lie in tmp_path."""
     folder = tempfile.mkdtemp(prefix="nq", dir="/tmp")
-    gcs, dashboard, metrics = _free_ports(3)
+    gcs, dashboard, metrics, agent, environments = _free_ports(5)
     programs = Path(sys.executable).parent
     command = [
         *(str(programs / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}", "--include-dashboard=true"),
         *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats"),
-        f"--metrics-export-port={metrics}",
+        # The session's own Ray holds the default ports of a node's agents.
+        *(f"--metrics-export-port={metrics}", f"--dashboard-agent-listen-port={agent}"),
+        f"--runtime-env-agent-port={environments}",
     ]
     environment = {
         **os.environ,

@@ -41,7 +41,13 @@ def test_findings(
     assert [check.name for check in checks] == names
     assert {check.name: check.status for check in checks if check.status != "ok"} == short
     assert all(check.detail and "\n" not in check.detail for check in checks)
-    assert list(store.list()) == []
+    left = [info.key for info in store.list()]
+    if (
+        kind == "rclone"
+    ):  # a race's overwritten write may land after its answer, and after the probe's deletion; gc sweeps
+        assert all(key.startswith(capabilities.PROBE_PREFIX) for key in left)
+    else:
+        assert left == []
 
 
 def test_missing_bucket(moto_s3: S3Server) -> None:

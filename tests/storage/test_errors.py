@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-import storage
 from storage import errors
 from storage.errors import Corrupt, StorageError, TooLarge
 
@@ -49,11 +48,6 @@ def test_messages() -> None:
         "blobs/x: expected 5 bytes, seen 4 bytes; fetch it again, and if it stays so, run 'nestquant fsck'"
     )
     assert str(TooLarge("k", limit_bytes=4, seen_bytes=5)) == "k: 5 bytes, at most 4 expected; nothing was read"
-
-
-def test_the_package_exports_what_it_says() -> None:
-    assert storage.__all__ == sorted(storage.__all__)
-    assert all(hasattr(storage, name) for name in storage.__all__)
 
 
 def test_the_package_needs_no_heavy_import() -> None:
