@@ -80,12 +80,13 @@ def _tasks(spec: JobSpec, staged: Staged, layers: tuple[str, ...]) -> list[Calib
     calibration = spec.calibration
     assert spec.quantize.activations is not None
     if calibration is None or spec.quantize.activations.observer == "sigma":
-        return [CalibrateTask(**common, data=None, start=0, stop=0, batch_size=8)]
+        return [CalibrateTask(**common, data=None, samples=0, start=0, stop=0, batch_size=8)]
     step = calibration.batch_size * BATCHES_PER_TASK
     return [
         CalibrateTask(
             **common,
             data=calibration.data,
+            samples=calibration.samples,
             start=start,
             stop=min(start + step, calibration.samples),
             batch_size=calibration.batch_size,

@@ -175,12 +175,13 @@ def _check_images(spec: JobSpec, folder: Path) -> str | None:
 
 
 def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Reconstructed:
+    assert spec.calibration is not None
     return reconstruct(
         spec,
+        spec.calibration,
         prepared.staged,
         prepared.plan,
         executor,
-        network=outline(spec.model),
         registry=prepared.registry,
         context=prepared.context,
         on_done=clock.progress("reconstruct"),

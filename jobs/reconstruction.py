@@ -1,27 +1,24 @@
-"""The stage of the recipe ``calibrated``: layer solved after layer, the moments of each spread over workers."""
+"""The stage of the recipe ``calibrated``: layer solved after layer by a gang that shares the calibration images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from jobs.plan import Plan
-from jobs.spec import JobSpec
+from jobs.spec import CalibrationSpec, JobSpec
 from jobs.stage import Staged
-from nestquant.moments import has_columns
 from storage.manifest import CalibrationRecord
 from storage.registry import Registry
-from workers.errors import DataError, shown
-from workers.executor import Executor
-from workers.reconstruct import MAX_INPUTS, Gathered, MomentsTask, SolveTask, gather, solve
+from workers.errors import DataError, WorkerLost, shown
+from workers.executor import Executor, Gang
+from workers.reconstruct import Begun, Member, MemberTask
 from workers.solutions import SolvedRecord, find_solved
 from workers.tasks import PieceTask, TaskContext
 
-BATCHES_PER_TASK = 2
+BATCHES_PER_CHUNK = 2
 _MATRICES = 10
-"""Matrices ``K x K`` of float64 for each group that the largest task holds at once: moments of two parts, factors."""
+"""Matrices ``K x K`` of float64 for each group that the largest step holds at once: moments of two parts, factors."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ class Reconstructed:
 
 def reconstruct(
     spec: JobSpec,
+    calibration: CalibrationSpec,
     staged: Staged,
     plan: Plan,
     executor: Executor,
     *,
-    network: nn.Module,
     registry: Registry,
     context: TaskContext,
     on_done: Callable[[int, int], None],
@@ -59,10 +56,10 @@ def reconstruct(
 
     Args:
         spec: the job.
+        calibration: the images.
         staged: the model, ready to be read.
         plan: its layers.
-        executor: who gathers moments and solves.
-        network: its outline.
+        executor: who does the work.
         registry: where solutions are kept.
         context: where tasks read and write.
         on_done: hears how many layers are solved, of how many.
@@ -72,21 +69,17 @@ def reconstruct(
 
     """
     layers = plan.solved_layers
-    level_count = max((len(layer.bits) for layer in layers), default=0)
-    solved: list[SolvedRecord] = []
-    without: list[str] = []
-    for index, layer in enumerate(layers):
-        readable = has_columns(network.get_submodule(layer.layer)) and layer.inputs <= MAX_INPUTS
+    solved: dict[int, SolvedRecord] = {}
+    for index in range(len(layers)):
         record = find_solved(registry, context.job, index)
-        if record is None:
-            tasks = _tasks(spec, staged, layers[: index + 1], context, level_count) if readable else []
-            record = _solve(tasks, layer, executor, context, level_count=level_count)
-        if not record.biases:
-            without.append(layer.layer)
-        solved.append(record)
-        on_done(index + 1, len(layers))
+        if record is not None:
+            solved[index] = record
+    if len(solved) < len(layers):
+        _together(_Work(spec, calibration, staged, layers, context), executor, solved, on_done)
+    ordered = tuple(solved[index] for index in range(len(layers)))
+    without = [record.layer for record in ordered if not record.biases]
     notes = (f"{len(without)} layers were rounded without data: {shown(without)}.",) if without else ()
-    return Reconstructed(tuple(solved), notes)
+    return Reconstructed(ordered, notes)
 
 
 def moments_bytes(layer: PieceTask) -> int:
@@ -94,50 +87,78 @@ def moments_bytes(layer: PieceTask) -> int:
     return _MATRICES * 8 * layer.groups * layer.inputs**2
 
 
-def _solve(
-    tasks: list[MomentsTask], layer: PieceTask, executor: Executor, context: TaskContext, *, level_count: int
-) -> SolvedRecord:
-    memory = moments_bytes(layer) if tasks else 0
-    found: dict[int, Gathered] = dict(executor.map(gather, tasks, memory_bytes=memory))
-    parts = [found[index] for index in sorted(found)]
-    samples = sum(part.samples for part in parts)
-    skipped = tuple(image for part in parts for image in part.skipped)
-    if parts and samples == 0:
+@dataclass(frozen=True)
+class _Work:
+    """What every gang of the stage is made of."""
+
+    spec: JobSpec
+    calibration: CalibrationSpec
+    staged: Staged
+    layers: tuple[PieceTask, ...]
+    context: TaskContext
+
+    def members(self, slots: int) -> list[MemberTask]:
+        """Deal the chunks out; they are the same for any number of members."""
+        calibration, model = self.calibration, self.spec.model
+        step = calibration.batch_size * BATCHES_PER_CHUNK
+        chunks = [(start, min(start + step, calibration.samples)) for start in range(0, calibration.samples, step)]
+        count = min(slots, len(chunks))
+        return [
+            MemberTask(
+                context=self.context,
+                library=model.library,
+                arch=model.arch,
+                kwargs=model.kwargs,
+                layers=self.layers,
+                level_count=max(len(layer.bits) for layer in self.layers),
+                data=calibration.data,
+                samples=calibration.samples,
+                chunks=tuple(chunks[member::count]),
+                preprocessing=self.staged.preprocessing.to_record(),
+            )
+            for member in range(count)
+        ]
+
+
+def _together(
+    work: _Work, executor: Executor, solved: dict[int, SolvedRecord], on_done: Callable[[int, int], None]
+) -> None:
+    """Solve what is not solved; a gang that loses a member is made again and goes on behind the last solved layer."""
+    memory = max(moments_bytes(layer) for layer in work.layers)
+    attempts = work.spec.cluster.max_retries
+    while True:
+        before = len(solved)
+        tasks = work.members(executor.slots)
+        try:
+            with executor.gang(Member, tasks, memory_bytes=memory) as gang:
+                _walk(gang, tasks, solved, on_done)
+            return
+        except WorkerLost:
+            attempts = work.spec.cluster.max_retries if len(solved) > before else attempts - 1
+            if attempts < 0:
+                raise
+
+
+def _walk(
+    gang: Gang,
+    tasks: list[MemberTask],
+    solved: dict[int, SolvedRecord],
+    on_done: Callable[[int, int], None],
+) -> None:
+    begun: list[Begun] = gang.each("begin")
+    samples = sum(one.samples for one in begun)
+    skipped = tuple(image for one in begun for image in one.skipped)
+    if samples == 0:
         raise DataError(f"calibration.data: none of the {len(skipped)} images could be read; the first: {skipped[0]}.")
-    task = SolveTask(
-        context=context,
-        layer=layer,
-        level_count=level_count,
-        chunks=tuple(index for index in sorted(found) if found[index].found),
-        samples=samples,
-        skipped=skipped,
+    layers, laned, readable = tasks[0].layers, begun[0].laned, set(begun[0].readable)
+    # Chunks in their order, whoever holds them.
+    places = sorted(
+        (start, member, chunk) for member, task in enumerate(tasks) for chunk, (start, _) in enumerate(task.chunks)
     )
-    [(_, record)] = executor.map(solve, [task], memory_bytes=memory)
-    return record
-
-
-def _tasks(
-    spec: JobSpec, staged: Staged, layers: tuple[PieceTask, ...], context: TaskContext, level_count: int
-) -> list[MomentsTask]:
-    """One task for every few batches, the same batches in any split."""
-    calibration = spec.calibration
-    assert calibration is not None
-    step = calibration.batch_size * BATCHES_PER_TASK
-    return [
-        MomentsTask(
-            context=context,
-            library=spec.model.library,
-            arch=spec.model.arch,
-            kwargs=spec.model.kwargs,
-            layer=layers[-1],
-            solved=layers[:-1],
-            level_count=level_count,
-            data=calibration.data,
-            start=start,
-            stop=min(start + step, calibration.samples),
-            batch_size=calibration.batch_size,
-            preprocessing=staged.preprocessing.to_record(),
-            chunk=chunk,
-        )
-        for chunk, start in enumerate(range(0, calibration.samples, step))
-    ]
+    order = [*(at for at in range(len(layers)) if at not in laned), *laned]
+    for at in order:
+        if at not in solved:
+            done = tuple(other for other in solved)
+            calls = [(member, (at, chunk, done)) for _, member, chunk in places] if at in readable else []
+            solved[at] = gang.reduce("solve", at, samples, skipped, over="moments", calls=calls)
+        on_done(len(solved), len(layers))

@@ -19,7 +19,7 @@ from jobs.errors import SpecError
 from storage.manifest import ModelName, Scheme, canonical_json
 from workers.errors import nearest
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
 identity."""
 
@@ -127,7 +127,7 @@ class CalibrationSpec(Section):
     """Images that set the activation ranges, and the integers where the recipe is ``calibrated``: a folder, a tar or an
     npz.
 
-    ``samples`` says how many of them, from the first.
+    ``samples`` says how many of them, evenly spread over the set.
     """
 
     data: str

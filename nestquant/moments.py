@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-POSITIONS = 256
+POSITIONS = 128
 """Positions of one image that count, at most: patches overlap, and more of them say little new."""
 
 _SEED = 0
@@ -38,10 +38,22 @@ class Moments:
     def of(cls, x: Tensor, y: Tensor) -> Moments:
         """Return the moments of columns ``[G, K, positions]`` as ``input_columns`` gives them.
 
-        Products are summed in float64: the sums of two halves then merge to those of the whole, but for the last bits.
+        Products are taken in float32 of columns less their mean, which a large mean would drown, and the means' own
+        products in float64 join them.
         """
-        x, y = x.double(), y.double()
-        return cls(x.shape[-1], x.sum(dim=-1), y.sum(dim=-1), x @ y.mT, y @ y.mT)
+        count = x.shape[-1]
+        sums = [columns.sum(dim=-1, dtype=torch.float64) for columns in (x, y)]
+        means = [total / count for total in sums]
+        x, y = (columns - mean.float()[..., None] for columns, mean in zip((x, y), means, strict=True))
+        # The mean as float32 took it away, and what it left over.
+        held = [mean.float().double() for mean in means]
+        left = [total - count * mean for total, mean in zip(sums, held, strict=True)]
+
+        def product(a: int, b: int, centred: Tensor) -> Tensor:
+            outer = torch.einsum("gi,gj->gij", sums[a], held[b]) + torch.einsum("gi,gj->gij", held[a], left[b])
+            return centred.double() + outer
+
+        return cls(count, sums[0], sums[1], product(0, 1, x @ y.mT), product(1, 1, y @ y.mT))
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:

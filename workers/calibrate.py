@@ -28,7 +28,7 @@ NOISE_SEED = 0
 
 
 class CalibrateTask(Record):
-    """Observe images ``start:stop`` of a set, or one batch of noise where ``data`` is None (the data-free recipe)."""
+    """Observe images ``start:stop`` of the ``samples`` taken of a set, or one batch of noise where ``data`` is None."""
 
     library: str
     arch: str
@@ -37,6 +37,7 @@ class CalibrateTask(Record):
     source_key: str
     layers: tuple[str, ...]
     data: str | None
+    samples: int
     start: int
     stop: int
     batch_size: int
@@ -73,7 +74,7 @@ def observe(task: CalibrateTask) -> Observed:
             network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
             samples, skipped = 0, list[tuple[str, str]]()
         else:
-            images = open_images(fetch(task.data, Path(folder)))
+            images = open_images(fetch(task.data, Path(folder))).sample(task.samples)
             samples = 0
             for inputs, _ in images.batches(
                 preprocessing, batch_size=task.batch_size, start=task.start, stop=task.stop

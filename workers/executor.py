@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
 
 from workers.errors import DoesNotFit, Stopped
 
@@ -16,8 +17,43 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
+class Gang(Protocol):
+    """Objects that keep something between calls, each in a place of its own; see ``Executor.gang``."""
+
+    @property
+    def size(self) -> int:
+        """Return the number of members."""
+        ...
+
+    def each(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every member and return what they return, in the members' order."""
+        ...
+
+    def reduce(self, method: str, *args: Any, over: str, calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Any:
+        """Call ``method(*args, results)`` of the first member and return what it returns.
+
+        ``results`` iterates over what method ``over`` of members returned: ``calls`` says which member, and its
+        arguments, in order. What they return goes from member to member, not through the caller.
+        """
+        ...
+
+
 class Executor(Protocol):
     """Runs a function over items; several threads may share one."""
+
+    @property
+    def slots(self) -> int:
+        """Return how many members a gang can have: what can run at once."""
+        ...
+
+    def gang(
+        self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0
+    ) -> AbstractContextManager[Gang]:
+        """Make a member of every item, all at the same time; they end with the context, which calls their ``close``.
+
+        Raises `WorkerLost` from any call where a member went away.
+        """
+        ...
 
     @property
     def same_machine(self) -> bool:
@@ -41,10 +77,29 @@ class Executor(Protocol):
         ...
 
 
+class _Here:
+    """A gang in this process."""
+
+    def __init__(self, members: Sequence[Any], stopped: threading.Event) -> None:
+        self.members, self._stopped = members, stopped
+        self.size = len(members)
+
+    def each(self, method: str, *args: Any) -> list[Any]:
+        return [getattr(member, method)(*args) for member in self.members]
+
+    def reduce(self, method: str, *args: Any, over: str, calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Any:
+        if self._stopped.is_set():
+            raise Stopped
+        # One result at a time: the next is made when the last is used.
+        results = (getattr(self.members[index], over)(*given) for index, given in calls)
+        return getattr(self.members[0], method)(*args, results)
+
+
 class InProcessExecutor:
     """Runs items one after the other, here."""
 
     same_machine = True
+    slots = 1
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
@@ -64,6 +119,16 @@ class InProcessExecutor:
             if self._stopped.is_set():
                 raise Stopped
             yield index, function(item)
+
+    @contextmanager
+    def gang(self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[Gang]:
+        """Make the members here."""
+        members = [member(item) for item in items]
+        try:
+            yield _Here(members, self._stopped)
+        finally:
+            for one in members:
+                one.close()
 
     def stop(self) -> None:
         """Let the item at work end, and start no other."""

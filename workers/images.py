@@ -69,6 +69,17 @@ class ImageSet:
             if images:
                 yield torch.stack(images), torch.tensor(labels, dtype=torch.int64)
 
+    def sample(self, count: int) -> ImageSet:
+        """Return ``count`` of the images, evenly spread over the set and in its order; all where there are no more.
+
+        Sets are often sorted by class: the first images of one would be a few classes alone.
+        """
+        if count >= len(self):
+            return self
+        chosen = [index * len(self) // count for index in range(count)]
+        labels = None if self.labels is None else [self.labels[index] for index in chosen]
+        return ImageSet(self.path, [self.names[index] for index in chosen], labels, _Chosen(self.reader, chosen))
+
     def require_labels(self) -> Sequence[int]:
         """Return the labels.
 
@@ -132,6 +143,14 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
     normalised = (pixels - mean) / std
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+
+
+class _Chosen:
+    def __init__(self, reader: _Reader, chosen: Sequence[int]) -> None:
+        self.reader, self.chosen = reader, chosen
+
+    def load(self, index: int) -> Image.Image:
+        return self.reader.load(self.chosen[index])
 
 
 class _Npz:

@@ -17,10 +17,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import StoreUnavailable
 from workers.deadline import deadline
-from workers.errors import DoesNotFit, Stopped, WorkerLost
+from workers.errors import DoesNotFit, Stopped, WorkerLost, WorkError
+from workers.executor import Gang
 from workers.telemetry import observed
 
 A = TypeVar("A")
@@ -33,6 +36,9 @@ _MIN_WINDOW = 4
 _LOST = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.NodeDiedError,
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnavailableError,
+    ray.exceptions.ObjectLostError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.LocalRayletDiedError,
     ray.exceptions.TaskUnschedulableError,
@@ -60,6 +66,12 @@ class RaySettings:
 
 def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | None) -> R:
     """Run in a worker: as many threads as the task was given, so that neighbours do not fight for cores."""
+    _use_threads(threads)
+    with deadline(timeout_s):
+        return observed(function, item)
+
+
+def _use_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
@@ -67,8 +79,6 @@ def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | 
         import numba
 
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    with deadline(timeout_s):
-        return observed(function, item)
 
 
 class RayExecutor:
@@ -146,6 +156,54 @@ class RayExecutor:
             if asked:
                 request_resources(bundles=[])
 
+    @property
+    def slots(self) -> int:
+        """Return how many tasks the cluster can run at once."""
+        return max(1, sum(int(node.get("CPU", 0.0) / self.settings.cpus_per_task) for node in _nodes()))
+
+    @contextlib.contextmanager
+    def gang(self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[Gang]:
+        """Make an actor of every item, once there is room for all of them: half a gang would wait for the other half
+        for ever, and so would two gangs that have half the cluster each.
+        """
+        bundle = {"CPU": self.settings.cpus_per_task, "memory": float(memory_bytes)}
+        group = placement_group([bundle] * len(items), strategy="PACK")
+        actors: list[Any] = []
+        try:
+            self._await([group.ready()], places=len(items))
+            options = {"num_cpus": self.settings.cpus_per_task, "memory": memory_bytes or None}
+            threads = max(1, int(self.settings.cpus_per_task))
+            for index, item in enumerate(items):
+                place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+                made = ray.remote(_Member).options(**options, scheduling_strategy=place)
+                actors.append(made.remote(member, item, threads))
+            yield _RayGang(self, actors)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+            remove_placement_group(group)
+
+    def _await(self, references: list[Any], *, places: int = 0) -> None:
+        """Wait for all; raise `Stopped` where the work is cancelled, the first failure where one fails.
+
+        With ``places``, wait for as long as the cluster could still give so many at once; else for a task's time-out.
+        """
+        waiting, since = list(references), time.monotonic()
+        timeout_s = self.settings.task_timeout_s
+        while waiting:
+            if self._stopped.is_set():
+                raise Stopped
+            ready, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
+            for reference in ready:
+                _result(reference, 0)
+            waited_s = time.monotonic() - since
+            if places and self.slots >= places:
+                since = time.monotonic()
+            elif places and waited_s > max(self.settings.node_timeout_s, _NO_NODE_S):
+                raise WorkerLost(f"{places} workers are wanted at once; {_largest(_nodes())}.")
+            elif not places and timeout_s and waited_s > timeout_s:
+                raise WorkError(f"A step took more than cluster.task_timeout_s, {timeout_s:g} s.")
+
     def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
         """Yield ``(index, result)`` in the order of completion.
 
@@ -194,6 +252,39 @@ class RayExecutor:
             _cancel(list(running))
         if failure is not None:
             raise failure
+
+
+class _Member:
+    """An actor around a member of a gang."""
+
+    def __init__(self, member: Callable[[A], Any], item: A, threads: int) -> None:
+        _use_threads(threads)
+        self.member = member(item)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.member, method)(*args)
+
+    def reduce(self, method: str, args: tuple[Any, ...], *results: Any) -> Any:
+        return getattr(self.member, method)(*args, iter(results))
+
+
+class _RayGang:
+    """A gang of actors; what one returns for another stays in Ray's object store."""
+
+    def __init__(self, executor: RayExecutor, actors: list[Any]) -> None:
+        self.executor, self.actors = executor, actors
+        self.size = len(actors)
+
+    def each(self, method: str, *args: Any) -> list[Any]:
+        references = [actor.call.remote(method, *args) for actor in self.actors]
+        self.executor._await(references)
+        return [_result(reference, index) for index, reference in enumerate(references)]
+
+    def reduce(self, method: str, *args: Any, over: str, calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Any:
+        parts = [self.actors[index].call.remote(over, *given) for index, given in calls]
+        reference = self.actors[0].reduce.remote(method, args, *parts)
+        self.executor._await([reference])
+        return _result(reference, 0)
 
 
 class _Window:

@@ -50,7 +50,6 @@ def test_workers_and_task_sizes_change_no_byte_and_a_device_runs_it(
     uri = document["store"]["uri"]
     assert on_ray.digest == result.digest
     assert blobs(other["store"]["uri"]) == blobs(uri)
-    assert list(open_store(uri).list(f"jobs/{result.job.removeprefix('sha256:')}/moments/")) == []
 
     registry = Registry(open_store(uri))
     manifest = registry.resolve("tiny").manifest
@@ -90,25 +89,26 @@ def test_a_job_killed_between_layers_goes_on_where_it_stopped(
 ) -> None:
     undisturbed = local(tiny_document(quantize=QUANTIZE, store__uri=str(tmp_path / "undisturbed")))
     document = tiny_document(quantize=QUANTIZE)
-    solved: list[str] = []
+    solved: list[int] = []
+    solve = reconstruct.Member.solve
 
-    def killed(task: reconstruct.SolveTask) -> reconstruct.SolvedRecord:
+    def killed(member: reconstruct.Member, layer: int, *rest: Any) -> reconstruct.SolvedRecord:
         if len(solved) == 4:
             raise KeyboardInterrupt
-        solved.append(task.layer.layer)
-        return reconstruct.solve(task)
+        solved.append(layer)
+        return solve(member, layer, *rest)
 
-    monkeypatch.setattr("jobs.reconstruction.solve", killed)
+    monkeypatch.setattr(reconstruct.Member, "solve", killed)
     with pytest.raises(KeyboardInterrupt):
         local(document)
     assert len(solved) == 4
-    again: list[str] = []
+    again: list[int] = []
 
-    def noted(task: reconstruct.SolveTask) -> reconstruct.SolvedRecord:
-        again.append(task.layer.layer)
-        return reconstruct.solve(task)
+    def noted(member: reconstruct.Member, layer: int, *rest: Any) -> reconstruct.SolvedRecord:
+        again.append(layer)
+        return solve(member, layer, *rest)
 
-    monkeypatch.setattr("jobs.reconstruction.solve", noted)
+    monkeypatch.setattr(reconstruct.Member, "solve", noted)
     result = local(document)
     assert not set(again) & set(solved)
     assert len(again) + len(solved) == len(result.layers)

@@ -28,6 +28,7 @@ def task(checkpoint: Path, data: Path, start: int, stop: int) -> CalibrateTask:
         source_key=str(checkpoint),
         layers=LAYERS,
         data=str(data),
+        samples=40,
         start=start,
         stop=stop,
         batch_size=4,
