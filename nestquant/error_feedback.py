@@ -8,6 +8,9 @@ from torch import Tensor
 DAMPING = 0.01
 """Added to the diagonal, times its mean: inputs that hardly vary must not take on all the error (GPTQ, section 3.3)."""
 
+BLOCK = 128
+"""Inputs whose errors are handed on together to those after them (GPTQ, section 3.3, step 2)."""
+
 
 def error_feedback_round(x: Tensor, *, second: Tensor, low: Tensor, high: Tensor, damping: float = DAMPING) -> Tensor:
     """Return integers ``q`` within ``[low, high]`` that keep ``(q - x) second (q - x)^T`` small: float64, as ``x``.
@@ -39,12 +42,16 @@ def error_feedback_round(x: Tensor, *, second: Tensor, low: Tensor, high: Tensor
     factor = _feedback(damped(second, damping), order)
     rest = x.gather(2, columns)
     low, high = low.gather(2, columns), high.gather(2, columns)
-    q = torch.empty_like(rest)
-    for at in range(inputs):  # one after the other by nature: each step changes all that follow
-        value = rest[:, :, at]
-        q[:, :, at] = value.round().clamp(low[:, :, at], high[:, :, at])
-        error = (value - q[:, :, at]) / factor[:, at, at, None]
-        rest[:, :, at + 1 :] -= error[:, :, None] * factor[:, None, at, at + 1 :]
+    q, errors = torch.empty_like(rest), torch.empty_like(rest)
+    for begin in range(0, inputs, BLOCK):
+        end = min(begin + BLOCK, inputs)
+        for at in range(begin, end):  # one after the other by nature: each step changes all that follow
+            value = rest[:, :, at]
+            q[:, :, at] = value.round().clamp(low[:, :, at], high[:, :, at])
+            error = errors[:, :, at] = (value - q[:, :, at]) / factor[:, at, at, None]
+            rest[:, :, at + 1 : end] -= error[:, :, None] * factor[:, None, at, at + 1 : end]
+        # What lies beyond the block hears of its errors at once: a product of matrices, not a pass for each input.
+        rest[:, :, end:] -= errors[:, :, begin:end] @ factor[:, begin:end, end:]
     return torch.empty_like(q).scatter_(2, columns, q)
 
 
