@@ -1,8 +1,9 @@
 """Top-1 of every model of the test data at every nesting: ``python -m tests.benchmarks.accuracy_table [MODEL ...]``.
 
 Each row is a real job (`jobs.driver.run_job`) into a local store, pulled back as a device and measured there. The
-results stand in ``docs/results/accuracy.json`` and what stands there under the same job digest is not measured again;
-``accuracy.md`` beside it is written from them. ``--observers`` compares the rules for activation ranges instead.
+results stand in ``docs/results/accuracy.json`` and what stands there under the same job digest is not measured again
+(``--missing``: whatever job made it); ``accuracy.md`` and ``recipes.md`` beside it are written from them.
+``--observers`` compares the rules for activation ranges instead.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import argparse
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import BaseModel
 
 from jobs.driver import prepare, run_job
@@ -35,8 +37,10 @@ from workers.remote import RayExecutor, RaySettings
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("NESTQUANT_TEST_DATA", ROOT.parent / "shared" / "data"))
 RESULTS = ROOT / "docs" / "results" / "accuracy.json"
-BITS = ((8, 7), (8, 6), (8, 5), (8, 4), (8, 3), (6, 4))
-SAMPLES = 256
+BITS = ((8, 7), (8, 6), (8, 5), (8, 4), (8, 3), (6, 4), (8, 6, 4))
+RECIPES = ("paper", "data_free", "calibrated")
+SAMPLES = 256  # for activation ranges
+CALIBRATED_SAMPLES = 512  # where integers rest on images too
 OBSERVER = "percentile"  # by --observers: docs/results/observers.md
 OBSERVERS = ("minmax", "percentile", "mse")
 
@@ -73,10 +77,17 @@ class Known:
         return self.name if self.limit is None else f"{self.name}, first {self.limit} images"
 
     def spec(
-        self, bits: tuple[int, ...], store: Path, *, observer: str = OBSERVER, activation_bits: int = 8
+        self,
+        bits: tuple[int, ...],
+        store: Path,
+        *,
+        recipe: str = "paper",
+        observer: str = OBSERVER,
+        activation_bits: int = 8,
     ) -> JobSpec:
         """Return the job of one row."""
         activations = {"bits": activation_bits, "observer": observer}
+        samples = CALIBRATED_SAMPLES if recipe == "calibrated" else SAMPLES
         document = {
             "name": self.name,
             "model": {
@@ -85,16 +96,18 @@ class Known:
                 "kwargs": self.kwargs or {},
                 "checkpoint": str(DATA / "weights" / f"{self.name}.safetensors"),
             },
-            "quantize": {"bits": bits, "activations": activations},
+            "quantize": {"recipe": recipe, "bits": bits, "activations": activations},
             "preprocess": self.preprocess,
-            "calibration": {"data": str(DATA / "images" / self.calibration), "samples": SAMPLES},
+            "calibration": {"data": str(DATA / "images" / self.calibration), "samples": samples},
             "store": {"uri": str(store), "shard_bytes": DEFAULT_SHARD_BYTES},
         }
+        if recipe == "data_free":
+            del document["calibration"]
         return parse_spec(document, where=self.name)
 
     def task(self, spec: JobSpec, mode: str, manifest: Manifest | None, cache: Path | None) -> MeasureTask:
-        """Return the measurement of ``mode``: ``float``, ``full`` or ``part``, with ``_activations`` or without."""
-        level = None if manifest is None else (manifest.level_count() - 1 if mode.startswith("full") else 0)
+        """Return the measurement of ``mode``: ``float``, or a level's, with ``_activations`` or without."""
+        level = None if manifest is None else level_names(manifest.level_count()).index(mode.partition("_")[0])
         return MeasureTask(
             mode=mode,
             level=level,
@@ -113,6 +126,11 @@ class Known:
             batch_size=5 if self.preprocess["size"] > 32 else 50,  # what stays in cache
             preprocessing={"interpolation": "bilinear", **self.preprocess},
         )
+
+
+def level_names(count: int) -> list[str]:
+    """Return what the levels are called here: ``part``, ``middle`` where there are three, ``full``."""
+    return ["part", *(["middle"] if count == 3 else []), "full"]
 
 
 _IMAGENET_SETS = ("imagenet_sample_1000.tar", "imagenet_val_1300.tar")
@@ -144,6 +162,7 @@ class Row(BaseModel):
     """
 
     model: str
+    recipe: str = "paper"
     bits: tuple[int, ...]
     job: str
     manifest: str
@@ -154,11 +173,21 @@ class Row(BaseModel):
     level_bytes: tuple[int, ...]
     integer_bytes: tuple[int, ...]
     received_bytes: tuple[int, ...]
+    stage_seconds: dict[str, float] = {}
     measured: dict[str, Count]
 
     @property
     def label(self) -> str:
         return "|".join(map(str, self.bits))
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether every mode is measured."""
+        return len(self.measured) == 2 * len(self.bits)
+
+    def is_of(self, model: str, recipe: str, bits: tuple[int, ...]) -> bool:
+        """Tell whether the row answers for this model, recipe and nesting."""
+        return (self.model, self.recipe, self.bits) == (model, recipe, bits)
 
 
 class Results(BaseModel):
@@ -174,15 +203,27 @@ def main() -> None:
     """Measure what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="default: all")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="default: all")
+    parser.add_argument("--bits", action="append", type=_bits, help="such as 8,4; default: all")
+    parser.add_argument("--missing", action="store_true", help="keep every row that stands, whatever job made it")
     parser.add_argument("--observers", action="store_true", help="compare the rules for activation ranges")
     parser.add_argument("--cpus", type=int, default=1, help="workers; one runs in this process, without Ray")
     arguments = parser.parse_args()
     chosen = [known for known in MODELS if not arguments.models or known.name in arguments.models]
     with _executor(arguments.cpus) as executor:
         for known in chosen:
-            (_compare_observers if arguments.observers else _measure_model)(known, executor)
+            if arguments.observers:
+                _compare_observers(known, executor)
+                continue
+            for recipe in arguments.recipe or RECIPES:
+                if recipe == "paper" or known.limit is None:
+                    _measure_model(known, recipe, arguments.bits or BITS, executor, missing=arguments.missing)
     if not arguments.observers:
         write_markdown(RESULTS)
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    return tuple(int(width) for width in text.split(","))
 
 
 @contextmanager
@@ -194,37 +235,60 @@ def _executor(cpus: int) -> Iterator[Executor]:
             yield executor
 
 
-def _measure_model(known: Known, executor: Executor) -> None:
+def _measure_model(
+    known: Known, recipe: str, nestings: Sequence[tuple[int, ...]], executor: Executor, *, missing: bool
+) -> None:
     results = _load()
     with tempfile.TemporaryDirectory(prefix="nestquant-table-") as folder:
-        tasks: list[tuple[tuple[int, ...], str, MeasureTask]] = []
+        tasks: list[tuple[Row | None, str, MeasureTask]] = []
         # Recomposition is exact, so that all the nestings of 8 bits have one full-bit model: it is measured once.
         full_digests: set[str] = set()
         if known.title not in results.float_top1:
             spec = known.spec((8, 4), Path(folder) / "float")
-            tasks.append(((), "float", known.task(spec, "float", None, None)))
-        for bits in BITS:
+            tasks.append((None, "float", known.task(spec, "float", None, None)))
+        for bits in nestings:
             store = Path(folder) / "store" / "-".join(map(str, bits))
-            spec = known.spec(bits, store)
+            spec = known.spec(bits, store, recipe=recipe)
+            standing = [row for row in results.rows if row.complete and row.is_of(known.title, recipe, bits)]
+            if standing and missing:
+                continue
             job = prepare(spec, executor, store, StageClock(lambda _: None)).job
-            standing = [row for row in results.rows if (row.model, row.bits) == (known.title, bits)]
-            if any(row.job == job and len(row.measured) == 4 for row in standing):
+            if any(row.job == job for row in standing):
                 continue
             row, manifest, cache = _run(known, spec, executor, Path(folder) / "device" / store.name)
-            results.rows = [*(other for other in results.rows if other not in standing), row]
-            modes = ["part", "part_activations"]
-            if row.full_digest not in full_digests:
-                modes += ["full", "full_activations"]
+            modes = level_names(manifest.level_count())
+            if row.full_digest in full_digests:
+                modes.remove("full")
             full_digests.add(row.full_digest)
-            tasks += [(bits, mode, known.task(spec, mode, manifest, cache)) for mode in modes]
-        for index, measured in executor.map(measure, [task for _, _, task in tasks]):
-            of_bits, mode, _ = tasks[index]
-            assert not measured.skipped, measured.skipped
-            count = Count(correct=measured.correct, total=measured.total, seconds=round(measured.seconds, 1))
-            _record(results, known.title, of_bits, mode, count)
-            print(f"{known.title} {mode} {measured.accuracy.top1:.2f} {count}", flush=True)
+            for mode in modes:
+                both = (mode, f"{mode}_activations")
+                tasks += [(row, name, known.task(spec, name, manifest, cache)) for name in both]
+            if recipe != "paper":  # no two of them share a full-bit model: measure now, keep what is measured
+                _measure(known, tasks, executor)
+                tasks = []
+        _measure(known, tasks, executor)
+
+
+def _measure(known: Known, tasks: Sequence[tuple[Row | None, str, MeasureTask]], executor: Executor) -> None:
+    """Measure, and write each row when all of its modes are there; another process may be writing rows too."""
+    rows = [row for row, _, _ in tasks if row is not None]
+    for index, measured in executor.map(measure, [task for _, _, task in tasks]):
+        row, mode, _ = tasks[index]
+        assert not measured.skipped, measured.skipped
+        count = Count(correct=measured.correct, total=measured.total, seconds=round(measured.seconds, 1))
+        print(f"{known.title} {'' if row is None else row.recipe} {'' if row is None else row.label} {mode} {count}")
+        with FileLock(RESULTS.with_suffix(".lock")):
+            results = _load()
+            if row is None:
+                results.float_top1[known.title] = count
+            else:
+                same = [other for other in rows if other.full_digest == row.full_digest] if "full" in mode else [row]
+                for target in same:
+                    target.measured[mode] = count
+            for done in (row for row in rows if row.complete):
+                results.rows = [old for old in results.rows if not old.is_of(done.model, done.recipe, done.bits)]
+                results.rows.append(done)
             _save(results)
-        _save(results)
 
 
 def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[Row, Manifest, Path]:
@@ -240,6 +304,7 @@ def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[
     manifest = device.manifest(known.name)
     row = Row(
         model=known.title,
+        recipe=spec.quantize.recipe,
         bits=spec.quantize.bits,
         job=result.job,
         manifest=result.digest,
@@ -250,6 +315,7 @@ def _run(known: Known, spec: JobSpec, executor: Executor, cache: Path) -> tuple[
         level_bytes=result.sizes.level_bytes,
         integer_bytes=tuple(_integer_bytes(manifest, device)),
         received_bytes=result.pull.level_bytes,
+        stage_seconds={name: round(seconds, 1) for name, seconds in result.seconds.items()},
         measured={},
     )
     return row, manifest, cache
@@ -274,17 +340,6 @@ def _integer_bytes(manifest: Manifest, device: Device) -> Iterator[int]:
         yield sum(stored.payload.size for shard in shards for stored in shard.integers.values())
 
 
-def _record(results: Results, model: str, bits: tuple[int, ...], mode: str, count: Count) -> None:
-    if mode == "float":
-        results.float_top1[model] = count
-        return
-    rows = [row for row in results.rows if row.model == model]
-    row = next(row for row in rows if row.bits == bits)
-    same = [other for other in rows if other.full_digest == row.full_digest] if "full" in mode else [row]
-    for target in same:
-        target.measured[mode] = count
-
-
 def _compare_observers(known: Known, executor: Executor) -> None:
     """Print top-1 at 8 weight bits with quantized activations, by observer and activation bits, on the same images."""
     with tempfile.TemporaryDirectory(prefix="nestquant-observers-") as folder:
@@ -306,7 +361,7 @@ def _load() -> Results:
 
 def _save(results: Results) -> None:
     order = {known.title: place for place, known in enumerate(MODELS)}
-    results.rows.sort(key=lambda row: (order[row.model], BITS.index(row.bits)))
+    results.rows.sort(key=lambda row: (order[row.model], RECIPES.index(row.recipe), BITS.index(row.bits)))
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(results.model_dump_json(indent=1) + "\n")
