@@ -25,6 +25,8 @@ identity."""
 
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
 
+DEFAULT_CHOICES = (3, 4, 5, 6)
+
 Observer = Literal["sigma", "minmax", "percentile", "mse"]
 
 
@@ -83,6 +85,33 @@ class ActivationSpec(Section):
     first_layer: Literal["float", "quantized"] = "float"
 
 
+class MixedSpec(Section):
+    """High bits chosen layer by layer (``jobs.mixed``), under exactly one of three targets.
+
+    ``mean_bits``: the mean of the high bits, layers weighed by their weights, at most. ``target_bytes``: of all level-0
+    shards, as estimated from each layer's own. ``max_drop``: points of top-1 that part-bit may lie below float, as
+    predicted. ``choices``: the high bits to choose from; by default those of 3 to 6 that are below the next finer
+    width. ``samples``: calibration images that the damage is measured on.
+    """
+
+    choices: tuple[int, ...] | None = None
+    mean_bits: float | None = Field(default=None, gt=0)
+    target_bytes: int | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, gt=0, le=100)
+    samples: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if sum(target is not None for target in (self.mean_bits, self.target_bytes, self.max_drop)) != 1:
+            raise ValueError("give exactly one of 'mean_bits', 'target_bytes' and 'max_drop'")
+        return self
+
+    @field_validator("choices")
+    @classmethod
+    def _ascending(cls, choices: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if choices is None else tuple(sorted(set(choices)))
+
+
 class QuantizeSpec(Section):
     """The recipe.
 
@@ -98,6 +127,30 @@ class QuantizeSpec(Section):
     ignore: tuple[str, ...] = ()
     overrides: dict[str, Override] = Field(default_factory=dict)
     activations: ActivationSpec | None = None
+    mixed: MixedSpec | None = None
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        if self.mixed is None:
+            return self
+        if len(self.bits) < 2:
+            raise ValueError(f"mixed chooses the coarsest of several widths; bits are {list(self.bits)}")
+        finer, choices = self.bits[-2], self.high_choices
+        if not choices or not all(1 <= width < finer for width in choices):
+            raise ValueError(
+                f"mixed.choices are {list(choices)}; expected widths from 1 to {finer - 1}, below the next finer of "
+                f"bits {list(self.bits)}"
+            )
+        return self
+
+    @property
+    def high_choices(self) -> tuple[int, ...]:
+        """Return the high bits that a layer may get, ascending; that of ``bits`` alone without ``mixed``."""
+        if self.mixed is None:
+            return self.bits[-1:]
+        if self.mixed.choices is not None:
+            return self.mixed.choices
+        return tuple(width for width in DEFAULT_CHOICES if width < self.bits[-2])
 
     @field_validator("bits")
     @classmethod
@@ -133,6 +186,15 @@ class CalibrationSpec(Section):
     data: str
     samples: int = Field(default=256, ge=1)
     batch_size: int = Field(default=32, ge=1)
+
+
+class AnalysisSpec(Section):
+    """Measure each layer's damage when it alone runs part-bit, on so many images of the calibration set.
+
+    With ``quantize.mixed`` it is measured in any case, on the images named there. Changes no byte of a version.
+    """
+
+    samples: int = Field(default=128, ge=1)
 
 
 class EvaluateSpec(Section):
@@ -190,6 +252,7 @@ class JobSpec(Section):
     preprocess: PreprocessSpec = PreprocessSpec()
     calibration: CalibrationSpec | None = None
     evaluate: EvaluateSpec | None = None
+    analysis: AnalysisSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
 
     @model_validator(mode="after")
@@ -205,6 +268,11 @@ class JobSpec(Section):
                 "'sigma' works without images"
             )
         return self
+
+    @property
+    def measures_layers(self) -> bool:
+        """Tell whether the job measures what each layer alone loses."""
+        return self.quantize.mixed is not None or self.analysis is not None
 
     def identity(self, *, source_digest: str, calibration_digest: str | None) -> str:
         """Return the job's digest: what is asked, of which bytes, by which method.

@@ -258,6 +258,23 @@ def test_every_command_has_an_example(nestquant: Run) -> None:
                 assert "Example: nestquant" in out, (prefix, name)
 
 
+def test_a_target_on_the_command_line_takes_the_place_of_the_spec_s(nestquant: Run, spec: Path) -> None:
+    document = yaml.safe_load(spec.read_text())
+    document["quantize"] = {"bits": [8, 4], "ignore": ["layer*"], "mixed": {"mean_bits": 4.0, "samples": 8}}
+    spec.write_text(yaml.safe_dump(document))
+    code, out, _ = nestquant("quantize", spec, "--local", "--json", "--target-bytes", 6000)
+    assert code == 0
+    mixed = json.loads(out)["mixed"]
+    assert mixed["level_bytes"] <= 6000
+    assert mixed["mean_bits"] > 4
+    code, _, err = nestquant("quantize", spec, "--local", "--target-bytes", 6000, "--mean-bits", 4)
+    assert (code, "give one of --mean-bits, --target-bytes and --max-drop" in err) == (2, True)
+    code, out, _ = nestquant("quantize", spec, "--dry-run")
+    assert code == 0
+    assert [line.split()[7] for line in out.splitlines() if line.startswith("│ conv1.0")] == ["8|3,4,5,6"]
+    assert "High bits in the plural are for the job to choose" in out
+
+
 def test_device_commands_import_neither_torch_nor_numpy() -> None:
     script = (
         "import sys; import jobs.cli, storage.device; "
