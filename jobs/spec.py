@@ -207,11 +207,14 @@ class EvaluateSpec(Section):
     batch_size: int = Field(default=50, ge=1)
     min_part_top1: float | None = Field(default=None, ge=0, le=100)
     max_drop: float | None = Field(default=None, ge=0, le=100, description="points that full-bit may lie below float")
+    max_part_drop: float | None = Field(
+        default=None, ge=0, le=100, description="points that part-bit may lie below float"
+    )
 
     @property
     def has_gate(self) -> bool:
         """Tell whether a version can fall short of what is asked here."""
-        return self.min_part_top1 is not None or self.max_drop is not None
+        return any(gate is not None for gate in (self.min_part_top1, self.max_drop, self.max_part_drop))
 
 
 class StoreSpec(Section):
