@@ -28,6 +28,7 @@ def measure_sensitivities(
     context: TaskContext,
     on_done: Callable[[int, int], None],
     more_bits: Sequence[int] = (),
+    samples: int | None = None,
 ) -> tuple[SensitivityRecord, ...]:
     """Measure every layer, in execution order; those that an earlier run of the job has measured are not run again.
 
@@ -39,11 +40,12 @@ def measure_sensitivities(
         context: where tasks read and write.
         on_done: hears how many layers are measured, of how many.
         more_bits: further widths to run each layer at, where they are below the next finer one; the full bits too.
+        samples: images that damage is measured on; the spec's by default.
 
     Raises:
         WorkError: naming the layer that cannot be measured, or the image set that cannot be read.
     """
-    tasks = sensitivity_tasks(spec, staged, plan, context=context, more_bits=more_bits)
+    tasks = sensitivity_tasks(spec, staged, plan, context=context, more_bits=more_bits, samples=samples)
     done: dict[int, SensitivityRecord] = {}
     for index, record in executor.map(measure_layer, tasks, memory_bytes=sensitivity_bytes(spec, staged, plan)):
         done[index] = record
@@ -52,7 +54,13 @@ def measure_sensitivities(
 
 
 def sensitivity_tasks(
-    spec: JobSpec, staged: Staged, plan: Plan, *, context: TaskContext, more_bits: Sequence[int] = ()
+    spec: JobSpec,
+    staged: Staged,
+    plan: Plan,
+    *,
+    context: TaskContext,
+    more_bits: Sequence[int] = (),
+    samples: int | None = None,
 ) -> list[SensitivityTask]:
     """Return one task a layer: at each width that it may get, or at its own where the spec says it."""
     calibration = spec.calibration
@@ -67,7 +75,7 @@ def sensitivity_tasks(
             candidates=_candidates(spec, layer, more_bits),
             calibrated=spec.quantize.recipe == "calibrated",
             data=None if calibration is None else calibration.data,
-            samples=_samples(spec),
+            samples=samples or _samples(spec),
             stop=0 if calibration is None else calibration.samples,
             batch_size=32 if calibration is None else calibration.batch_size,
             preprocessing=staged.preprocessing.to_record(),
