@@ -9,6 +9,7 @@ from jobs.reconstruction import moments_bytes
 from jobs.spec import JobSpec
 from jobs.stage import Staged
 from workers.executor import Executor
+from workers.reconstruct import MAX_INPUTS
 from workers.sensitivity import SensitivityRecord, SensitivityTask, measure_layer
 from workers.tasks import PieceTask, TaskContext
 
@@ -92,7 +93,8 @@ def sensitivity_bytes(spec: JobSpec, staged: Staged, plan: Plan) -> int:
     batch = 32 if calibration is None else calibration.batch_size
     layers = plan.whole_layers
     largest = max(layer.weights for layer in layers)
-    moments = max((moments_bytes(layer) for layer in layers if layer.solution is not None), default=0)
+    solved = [layer for layer in layers if layer.solution is not None and layer.inputs <= MAX_INPUTS]
+    moments = max(map(moments_bytes, solved), default=0)
     # The network and its checkpoint while it is read; the layer as float64, grid and integers.
     return 8 * staged.parameters + 48 * largest + moments + image * (held + _ACTIVATIONS * batch)
 

@@ -127,6 +127,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     # One thread: how a sum is split over threads changes its last bit.
     with tempfile.TemporaryDirectory(prefix="nestquant-sensitivity-") as folder, threads(1):
         judged, rest, skipped = _images(task, Path(folder))
+        labelled = all(int(labels.min()) >= 0 for _, labels in judged)
         reference, moments = _run_float(network, task, judged, rest)
         module = network.get_submodule(task.layer.layer)
         damages = []
@@ -137,8 +138,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
             replace(network, task.layer.layer, layer)
             told = _Answers.compare(network, judged, reference)
             replace(network, task.layer.layer, module)
-            damages.append(_damage(task, weight, quantized, told))
-    labelled = all(int(labels.min()) >= 0 for _, labels in judged)
+            damages.append(_damage(task, weight, quantized, told, labelled=labelled))
     record = SensitivityRecord(
         layer=task.layer.layer,
         images=sum(len(labels) for _, labels in judged),
@@ -279,7 +279,9 @@ def _correct(logits: Tensor, labels: Tensor) -> int:
     return int((logits.argmax(dim=1) == labels).sum())
 
 
-def _damage(task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, told: _Answers) -> Damage:
+def _damage(
+    task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, told: _Answers, *, labelled: bool
+) -> Damage:
     bits = quantized.config.bits
     lost = losses(task.layer.model_copy(update={"bits": bits}), weight, quantized)
     return Damage(
@@ -287,7 +289,7 @@ def _damage(task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, t
         divergence=told.divergence / told.images,
         same=told.same,
         lost=told.lost / told.images,
-        correct=told.correct if task.data is not None else None,
+        correct=told.correct if labelled else None,
         sqnr_db=sqnr_db(lost.signal, lost.noise),
         flips=lost.flips,
         shard_bytes=shard_bytes(task.layer.layer, quantized),
