@@ -264,6 +264,12 @@ class JobSpec(Section):
             raise ValueError(
                 "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; 'paper' works without images"
             )
+        mixed = self.quantize.mixed
+        if mixed is not None and mixed.max_drop is not None and self.calibration is None:
+            raise ValueError(
+                "quantize.mixed.max_drop needs 'calibration: {data: ...}': noise tells layers apart, but predicts no "
+                "drop; 'mean_bits' and 'target_bytes' work without images"
+            )
         activations = self.quantize.activations
         if activations is not None and activations.observer != "sigma" and self.calibration is None:
             raise ValueError(

@@ -128,6 +128,7 @@ def spec(**quantize: object) -> JobSpec:
     [
         ({"mixed": {}}, r"give exactly one of 'mean_bits', 'target_bytes' and 'max_drop'"),
         ({"mixed": {"mean_bits": 4, "max_drop": 1}}, "give exactly one of"),
+        ({"mixed": {"max_drop": 1}}, r"quantize\.mixed\.max_drop needs 'calibration"),
         ({"bits": [8], "mixed": {"mean_bits": 4}}, r"bits are \[8\]"),
         ({"bits": [8, 6, 4], "mixed": {"mean_bits": 4, "choices": [4, 6]}}, r"expected widths from 1 to 5, below"),
         ({"mixed": {"mean_bit": 4}}, r"unknown key 'quantize\.mixed\.mean_bit'\. Did you mean 'mean_bits'\?"),
