@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.commands import cluster, device, jobs, keys, maintain, store, zoo
+from jobs.commands import analyze, cluster, device, jobs, keys, maintain, store, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -56,6 +56,7 @@ app = typer.Typer(
     add_completion=False,
 )
 jobs.register(app)
+analyze.register(app)
 device.register(app)
 store.register(app)
 maintain.register(app)

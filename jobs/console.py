@@ -17,9 +17,10 @@ from jobs.commands.options import console as new_console
 from jobs.commands.options import size
 from jobs.driver import Prepared
 from jobs.events import Event, Listener
+from jobs.plan import has_own_bits
 from jobs.result import JobResult, level_name
-from jobs.spec import ClusterSpec
-from storage.manifest import Manifest
+from jobs.spec import ClusterSpec, QuantizeSpec
+from storage.manifest import LayerRecord, Manifest
 from workers.executor import Executor, InProcessExecutor
 from workers.measure import Measured
 
@@ -27,6 +28,7 @@ _WORDS = {
     "validate": "check the spec, the store and the images",
     "stage": "bring the weights",
     "plan": "plan layers, shards and tasks",
+    "sensitivity": "measure each layer alone",
     "calibrate": "calibrate activation ranges",
     "reconstruct": "choose integers and biases, layer after layer",
     "quantize": "quantize, pack and store",
@@ -197,7 +199,7 @@ def _accuracy_table(measured: Sequence[Measured]) -> Table:
     return table
 
 
-def plan_document(prepared: Prepared) -> dict[str, Any]:
+def plan_document(prepared: Prepared, quantize: QuantizeSpec) -> dict[str, Any]:
     """Return the plan as JSON values."""
     plan = prepared.plan
     return {
@@ -209,10 +211,12 @@ def plan_document(prepared: Prepared) -> dict[str, Any]:
         "base_blobs": len(plan.base),
         "tasks": len(plan.tasks),
         "task_bytes": plan.task_bytes,
+        # Where these are several, the job chooses for each layer without bits of its own in quantize.overrides.
+        "high_choices": list(quantize.high_choices),
     }
 
 
-def print_plan(prepared: Prepared) -> None:
+def print_plan(prepared: Prepared, quantize: QuantizeSpec) -> None:
     """Print the plan: layers in execution order, shards, tasks, memory, and what stays float."""
     plan, console = prepared.plan, new_console()
     table = Table("layer", "kind", "shape", "bits", "scheme", "shard groups")
@@ -224,11 +228,13 @@ def print_plan(prepared: Prepared) -> None:
             layer.name,
             layer.kind,
             "x".join(map(str, layer.shape)),
-            "|".join(map(str, layer.bits)),
+            _bits(layer, quantize),
             layer.scheme,
             groups,
         )
     console.print(table)
+    if quantize.mixed is not None:
+        console.print("High bits in the plural are for the job to choose, once it has measured each layer alone.")
     for record in plan.kept_float:
         console.print(f"stays float: {record.name} ({record.reason})")
     console.print(
@@ -236,3 +242,10 @@ def print_plan(prepared: Prepared) -> None:
         f"{len(plan.groups)} shard groups and {len(plan.base)} base blobs in "
         f"{len(plan.tasks)} tasks of at most {size(plan.task_bytes)}; job {prepared.job}"
     )
+
+
+def _bits(layer: LayerRecord, quantize: QuantizeSpec) -> str:
+    """Return ``8|4``, or ``8|3,4,5`` where the job has yet to choose."""
+    if quantize.mixed is None or has_own_bits(layer.name, quantize):
+        return "|".join(map(str, layer.bits))
+    return "|".join([*map(str, layer.bits[:-1]), ",".join(map(str, quantize.high_choices))])

@@ -1,4 +1,5 @@
-"""The main job by stages: validate, stage, plan, calibrate, reconstruct, quantize, publish, pull back, evaluate, tag.
+"""The main job by stages: validate, stage, plan, (measure layers alone and choose their bits,) calibrate, reconstruct,
+quantize, publish, pull back, evaluate, tag.
 
 The driver moves names and digests; weights go from the checkpoint to a worker and from there to the store. What is
 published is pulled back as a device would, and measured; with a gate in the spec, a version that falls short stays
@@ -10,16 +11,18 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.calibration import Calibrated, calibrate
 from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
+from jobs.mixed import MixedRecord, mixed_bits
 from jobs.plan import Plan, make_plan
 from jobs.reconstruction import Reconstructed, moments_bytes, reconstruct
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
+from jobs.sensitivity import measure_sensitivities, sensitivity_bytes
 from jobs.signing import load_keys
 from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
 from jobs.stage import Staged, outline, stage
@@ -35,6 +38,7 @@ from workers.executor import Executor
 from workers.images import open_images
 from workers.measure import Measured
 from workers.quantize import run_bundle
+from workers.sensitivity import SensitivityRecord
 from workers.tasks import BaseRecord, Bundle, GroupRecord, TaskContext, UnitResult
 
 REPORT = "job"
@@ -75,21 +79,63 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
     with clock.stage("stage"):
         staged = stage(spec.model, spec.preprocess, network, folder, None if executor.same_machine else registry)
     with clock.stage("plan"):
-        plan = make_plan(
-            spec,
-            staged.scan,
-            staged.order,
-            {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()},
-        )
-    executor.require(max(plan.task_bytes, *(moments_bytes(layer) for layer in plan.solved_layers), 0))
+        plan = _plan(spec, staged)
+    executor.require(_largest_task_bytes(spec, staged, plan))
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
     return Prepared(registry, staged, plan, calibration_digest, job)
+
+
+def _plan(spec: JobSpec, staged: Staged, high_bits: Mapping[str, int] | None = None) -> Plan:
+    state = {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()}
+    return make_plan(spec, staged.scan, staged.order, state, high_bits=high_bits)
+
+
+def _largest_task_bytes(spec: JobSpec, staged: Staged, plan: Plan) -> int:
+    solving = (moments_bytes(layer) for layer in plan.solved_layers)
+    measuring = sensitivity_bytes(spec, staged, plan) if spec.measures_layers else 0
+    return max(plan.task_bytes, measuring, *solving, 0)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured before anything was quantized, and the bits that follow from it; empty where none was asked."""
+
+    sensitivities: tuple[SensitivityRecord, ...] = ()
+    mixed: MixedRecord | None = None
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """Return the images that could not be read: (name, reason)."""
+        return tuple(dict.fromkeys(image for record in self.sensitivities for image in record.skipped))
+
+
+def measure(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> tuple[Prepared, Measurements]:
+    """Measure each layer alone where the spec asks for it, and where bits are mixed choose them and plan anew.
+
+    Raises:
+        PlanError: the target of ``quantize.mixed`` cannot be met.
+        WorkError, storage.StorageError: naming the layer or file at fault.
+    """
+    if not spec.measures_layers:
+        return prepared, Measurements()
+    staged, context = prepared.staged, prepared.context
+    with clock.stage("sensitivity"):
+        progress = clock.progress("sensitivity")
+        records = measure_sensitivities(spec, staged, prepared.plan, executor, context=context, on_done=progress)
+        if spec.quantize.mixed is None:
+            return prepared, Measurements(records)
+        mixed = mixed_bits(spec.quantize.mixed, prepared.plan, records, prepared.registry, job=prepared.job)
+    with clock.stage("plan"):
+        plan = _plan(spec, staged, mixed.high_bits)
+    executor.require(_largest_task_bytes(spec, staged, plan))
+    return replace(prepared, plan=plan), Measurements(records, mixed)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What the stages after the plan brought."""
 
+    measurements: Measurements
     calibrated: Calibrated
     reconstructed: Reconstructed
     results: Sequence[UnitResult]
@@ -114,13 +160,22 @@ def run_job(spec: JobSpec, executor: Executor, listen: Listener = lambda _: None
         prepared = prepare(spec, executor, Path(folder), clock)
         for note in prepared.staged.notes:
             listen(Event("note", "plan", message=note))
-        outcome = _carry_out(spec, prepared, executor, Path(folder), clock)
+        prepared, measurements = measure(spec, prepared, executor, clock)
+        outcome = _carry_out(spec, prepared, executor, Path(folder), clock, measurements=measurements)
     result = _result(spec, prepared, outcome, clock.seconds)
     prepared.registry.put_report(result.name, result.version, REPORT, canonical_json(result))
     return result
 
 
-def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Path, clock: StageClock) -> Outcome:
+def _carry_out(
+    spec: JobSpec,
+    prepared: Prepared,
+    executor: Executor,
+    folder: Path,
+    clock: StageClock,
+    *,
+    measurements: Measurements,
+) -> Outcome:
     registry, staged, plan = prepared.registry, prepared.staged, prepared.plan
     gate = spec.evaluate if spec.evaluate is not None and spec.evaluate.has_gate else None
     with clock.stage("calibrate"):
@@ -149,7 +204,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
     fault = None if gate is None else gate_fault(gate, measured)
     if gate is not None and fault is None:
         _tag(registry, published, spec.store)
-    return Outcome(calibrated, reconstructed, results, published, manifest, pull, measured, fault)
+    return Outcome(measurements, calibrated, reconstructed, results, published, manifest, pull, measured, fault)
 
 
 def _check_store(registry: Registry, *, single_writer: bool) -> None:
@@ -263,7 +318,7 @@ def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manife
 
 def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[str, float]) -> JobResult:
     published, sizes = outcome.published, outcome.manifest.sizes
-    skipped = [*outcome.calibrated.skipped, *outcome.reconstructed.skipped]
+    skipped = [*outcome.measurements.skipped, *outcome.calibrated.skipped, *outcome.reconstructed.skipped]
     skipped += (image for one in outcome.measured for image in one.skipped)
     return JobResult(
         name=published.name,
@@ -278,7 +333,8 @@ def _result(spec: JobSpec, prepared: Prepared, outcome: Outcome, seconds: dict[s
         sizes=sizes,
         stored_bits_per_weight=stored_bits_per_weight(sizes),
         kept_float=outcome.manifest.kept_float,
-        layers=layer_qualities(outcome.manifest.layers, outcome.results),
+        layers=layer_qualities(outcome.manifest.layers, outcome.results, outcome.measurements.sensitivities),
+        mixed=outcome.measurements.mixed,
         measured=outcome.measured,
         work=WorkSummary.of(outcome.results),
         pull=outcome.pull,

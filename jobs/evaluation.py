@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from jobs.result import level_name
@@ -60,7 +61,8 @@ def evaluate(
 def gate_fault(gate: EvaluateSpec, measured: Sequence[Measured]) -> str | None:
     """Return what falls short of the gate in one line, or None.
 
-    Where activations are quantized, it is their accuracy that counts.
+    Where activations are quantized, it is their accuracy that counts. Points are compared exactly: what is allowed
+    passes.
     """
     quantized = [result for result in measured if result.level is not None]
     counted = [result for result in quantized if result.activations] or quantized
@@ -68,10 +70,18 @@ def gate_fault(gate: EvaluateSpec, measured: Sequence[Measured]) -> str | None:
     reference = next(result for result in measured if result.level is None)
     if gate.min_part_top1 is not None and part.accuracy.top1 < gate.min_part_top1:
         return f"part-bit top-1 is {part.accuracy.top1:.2f}%, evaluate.min_part_top1 asks for {gate.min_part_top1}%"
-    drop = reference.accuracy.top1 - full.accuracy.top1
-    if gate.max_drop is not None and drop > gate.max_drop:
-        return f"full-bit top-1 lies {drop:.2f} points below float, evaluate.max_drop allows {gate.max_drop}"
+    for word, mode, key, allowed in (
+        ("full-bit", full, "max_drop", gate.max_drop),
+        ("part-bit", part, "max_part_drop", gate.max_part_drop),
+    ):
+        drop = 100 * (_share(reference) - _share(mode))
+        if allowed is not None and drop > Fraction(str(allowed)):
+            return f"{word} top-1 lies {float(drop):.2f} points below float, evaluate.{key} allows {allowed}"
     return None
+
+
+def _share(result: Measured) -> Fraction:
+    return Fraction(result.correct, result.total)
 
 
 def _level(result: Measured) -> int:

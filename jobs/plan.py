@@ -51,12 +51,15 @@ class Plan:
         return sum(math.prod(layer.shape) for layer in self.layers)
 
     @property
+    def whole_layers(self) -> tuple[PieceTask, ...]:
+        """Return every layer as one piece, in execution order."""
+        firsts = [piece for group in self.groups for piece in group.pieces if piece.start == 0]
+        return tuple(piece.model_copy(update={"stop": piece.out_channels}) for piece in firsts)
+
+    @property
     def solved_layers(self) -> tuple[PieceTask, ...]:
         """Return the layers that a recipe solves with images, each whole, in execution order."""
-        firsts = [piece for group in self.groups for piece in group.pieces if piece.start == 0]
-        return tuple(
-            piece.model_copy(update={"stop": piece.out_channels}) for piece in firsts if piece.solution is not None
-        )
+        return tuple(piece for piece in self.whole_layers if piece.solution is not None)
 
     @property
     def task_bytes(self) -> int:
@@ -69,7 +72,12 @@ class Plan:
 
 
 def make_plan(
-    spec: JobSpec, scan: LayerScan, order: Sequence[str], state: Mapping[str, tuple[tuple[int, ...], int]]
+    spec: JobSpec,
+    scan: LayerScan,
+    order: Sequence[str],
+    state: Mapping[str, tuple[tuple[int, ...], int]],
+    *,
+    high_bits: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan a job.
 
@@ -78,6 +86,8 @@ def make_plan(
         scan: the network's quantizable layers, and what is not.
         order: layer names in execution order.
         state: every tensor of the state dict: its shape and its bytes.
+        high_bits: chosen for each layer (``jobs.mixed``), in the place of the coarsest of ``quantize.bits``; the spec's
+            own overrides win.
 
     Raises:
         PlanError: a pattern of the spec matches no layer, or nothing is left to quantize.
@@ -92,7 +102,7 @@ def make_plan(
         if pattern is not None:
             kept.append(FloatRecord(name=site.name, reason=f"ignored by the spec ({pattern})"))
         else:
-            chosen.append(_settings(site, recipe))
+            chosen.append(_settings(site, recipe, (high_bits or {}).get(site.name)))
     if not chosen:
         raise PlanError(
             f"Nothing to quantize in {spec.model.arch}: "
@@ -119,9 +129,17 @@ def _check_patterns(recipe: QuantizeSpec, names: Sequence[str]) -> None:
                 )
 
 
-def _settings(site: LayerSite, recipe: QuantizeSpec) -> LayerPlan:
+def has_own_bits(layer: str, recipe: QuantizeSpec) -> bool:
+    """Tell whether an override of the spec says a layer's bits."""
+    return any(
+        override.bits is not None and fnmatchcase(layer, pattern) for pattern, override in recipe.overrides.items()
+    )
+
+
+def _settings(site: LayerSite, recipe: QuantizeSpec, high_bits: int | None) -> LayerPlan:
     """Apply the overrides in the order of the spec; a later one wins."""
-    bits, scheme, rounding = recipe.bits, recipe.scheme, recipe.rounding
+    bits = recipe.bits if high_bits is None else (*recipe.bits[:-1], high_bits)
+    scheme, rounding = recipe.scheme, recipe.rounding
     for pattern, override in recipe.overrides.items():
         if fnmatchcase(site.name, pattern):
             bits = override.bits or bits

@@ -5,20 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from jobs.mixed import MixedRecord
 from storage.manifest import FloatRecord, LayerRecord, Record, SizeRecord
 from workers.measure import Measured
+from workers.sensitivity import SensitivityRecord, sqnr_db
 from workers.tasks import GroupRecord, PieceRecord, UnitResult
+
+
+class LayerDamage(Record):
+    """What the network lost when this layer alone ran part-bit, at the layer's own bits (`workers.sensitivity`).
+
+    ``divergence``: mean Kullback-Leibler divergence from the float network's answers, in nats. ``same`` answers in
+    percent of ``images``; ``drop`` in points of top-1, None without labels. ``noise``: measured on noise, not images.
+    """
+
+    images: int
+    noise: bool
+    divergence: float
+    same: float
+    drop: float | None
 
 
 class LayerQuality(Record):
     """Signal-to-quantization-noise ratio of one layer's weights in dB: ``sqnr_db[0]`` part-bit, the last full-bit;
     None where nothing was lost.
+
+    ``flips[k]``: integers of level ``k``'s grid that are not the nearest to their weights. ``level_bytes[k]``: what the
+    level's integers take in their shards. ``damage``: where it was measured.
     """
 
     name: str
     bits: tuple[int, ...]
     weights: int
     sqnr_db: tuple[float | None, ...]
+    flips: tuple[int, ...] = ()
+    level_bytes: tuple[int, ...] = ()
+    damage: LayerDamage | None = None
 
 
 class WorkSummary(Record):
@@ -70,6 +92,7 @@ class JobResult(Record):
     seconds: dict[str, float]
     skipped_images: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    mixed: MixedRecord | None = None
     gate: str | None = None
 
 
@@ -80,21 +103,59 @@ def stored_bits_per_weight(sizes: SizeRecord) -> float:
     return 8 * sum(sizes.level_bytes) / sizes.weights
 
 
-def layer_qualities(layers: Iterable[LayerRecord], results: Sequence[UnitResult]) -> tuple[LayerQuality, ...]:
-    """Add the pieces of each layer up to its signal-to-noise ratios."""
+def layer_qualities(
+    layers: Iterable[LayerRecord], results: Sequence[UnitResult], sensitivities: Sequence[SensitivityRecord] = ()
+) -> tuple[LayerQuality, ...]:
+    """Add the pieces of each layer up to its figures, and join what was measured of it alone."""
     pieces: dict[str, list[PieceRecord]] = {}
     for result in results:
         if isinstance(result.record, GroupRecord):
             for piece in result.record.pieces:
                 pieces.setdefault(piece.layer, []).append(piece)
-    return tuple(_quality(layer, sorted(pieces[layer.name], key=lambda piece: piece.start)) for layer in layers)
+    measured = {record.layer: record for record in sensitivities}
+    return tuple(
+        _quality(layer, sorted(pieces[layer.name], key=lambda piece: piece.start), measured.get(layer.name))
+        for layer in layers
+    )
 
 
-def _quality(layer: LayerRecord, pieces: Sequence[PieceRecord]) -> LayerQuality:
+def _quality(layer: LayerRecord, pieces: Sequence[PieceRecord], record: SensitivityRecord | None) -> LayerQuality:
     signal = math.fsum(piece.signal for piece in pieces)
     noise = [math.fsum(column) for column in zip(*(piece.noise for piece in pieces), strict=True)]
-    sqnr = tuple(10 * math.log10(signal / level) if signal > 0 and level > 0 else None for level in noise)
-    return LayerQuality(name=layer.name, bits=layer.bits, weights=math.prod(layer.shape), sqnr_db=sqnr)
+    return LayerQuality(
+        name=layer.name,
+        bits=layer.bits,
+        weights=math.prod(layer.shape),
+        sqnr_db=sqnr_db(signal, noise),
+        flips=_total(piece.flips for piece in pieces),
+        level_bytes=_total(piece.level_bytes for piece in pieces),
+        damage=None if record is None else layer_damage(record, layer.bits),
+    )
+
+
+def layer_damage(record: SensitivityRecord, bits: tuple[int, ...]) -> LayerDamage | None:
+    """Return what was measured of a layer at these bits, if it was."""
+    found = record.at(bits)
+    if found is None:
+        return None
+    drop = (
+        None
+        if record.float_correct is None or found.correct is None
+        else 100 * (record.float_correct - found.correct) / record.images
+    )
+    return LayerDamage(
+        images=record.images,
+        noise=record.noise,
+        divergence=found.divergence,
+        same=100 * found.same / record.images,
+        drop=drop,
+    )
+
+
+def _total(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    """Add up level by level; nothing where a record of an older release has none."""
+    found = list(rows)
+    return tuple(map(sum, zip(*found, strict=True))) if all(found) else ()
 
 
 def sizes_of(

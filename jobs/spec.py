@@ -25,6 +25,8 @@ identity."""
 
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
 
+DEFAULT_CHOICES = (3, 4, 5, 6)
+
 Observer = Literal["sigma", "minmax", "percentile", "mse"]
 
 
@@ -83,6 +85,33 @@ class ActivationSpec(Section):
     first_layer: Literal["float", "quantized"] = "float"
 
 
+class MixedSpec(Section):
+    """High bits chosen layer by layer (``jobs.mixed``), under exactly one of three targets.
+
+    ``mean_bits``: the mean of the high bits, layers weighed by their weights, at most. ``target_bytes``: of all level-0
+    shards, as estimated from each layer's own. ``max_drop``: points of top-1 that part-bit may lie below float, as
+    predicted. ``choices``: the high bits to choose from; by default those of 3 to 6 that are below the next finer
+    width. ``samples``: calibration images that the damage is measured on.
+    """
+
+    choices: tuple[int, ...] | None = None
+    mean_bits: float | None = Field(default=None, gt=0)
+    target_bytes: int | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, gt=0, le=100)
+    samples: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if sum(target is not None for target in (self.mean_bits, self.target_bytes, self.max_drop)) != 1:
+            raise ValueError("give exactly one of 'mean_bits', 'target_bytes' and 'max_drop'")
+        return self
+
+    @field_validator("choices")
+    @classmethod
+    def _ascending(cls, choices: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if choices is None else tuple(sorted(set(choices)))
+
+
 class QuantizeSpec(Section):
     """The recipe.
 
@@ -98,6 +127,30 @@ class QuantizeSpec(Section):
     ignore: tuple[str, ...] = ()
     overrides: dict[str, Override] = Field(default_factory=dict)
     activations: ActivationSpec | None = None
+    mixed: MixedSpec | None = None
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        if self.mixed is None:
+            return self
+        if len(self.bits) < 2:
+            raise ValueError(f"mixed chooses the coarsest of several widths; bits are {list(self.bits)}")
+        finer, choices = self.bits[-2], self.high_choices
+        if not choices or not all(1 <= width < finer for width in choices):
+            raise ValueError(
+                f"mixed.choices are {list(choices)}; expected widths from 1 to {finer - 1}, below the next finer of "
+                f"bits {list(self.bits)}"
+            )
+        return self
+
+    @property
+    def high_choices(self) -> tuple[int, ...]:
+        """Return the high bits that a layer may get, ascending; that of ``bits`` alone without ``mixed``."""
+        if self.mixed is None:
+            return self.bits[-1:]
+        if self.mixed.choices is not None:
+            return self.mixed.choices
+        return tuple(width for width in DEFAULT_CHOICES if width < self.bits[-2])
 
     @field_validator("bits")
     @classmethod
@@ -135,6 +188,15 @@ class CalibrationSpec(Section):
     batch_size: int = Field(default=32, ge=1)
 
 
+class AnalysisSpec(Section):
+    """Measure each layer's damage when it alone runs part-bit, on so many images of the calibration set.
+
+    With ``quantize.mixed`` it is measured in any case, on the images named there. Changes no byte of a version.
+    """
+
+    samples: int = Field(default=128, ge=1)
+
+
 class EvaluateSpec(Section):
     """Labelled images that measure what was published; with a gate, a version that falls short is stored but not
     tagged.
@@ -145,11 +207,14 @@ class EvaluateSpec(Section):
     batch_size: int = Field(default=50, ge=1)
     min_part_top1: float | None = Field(default=None, ge=0, le=100)
     max_drop: float | None = Field(default=None, ge=0, le=100, description="points that full-bit may lie below float")
+    max_part_drop: float | None = Field(
+        default=None, ge=0, le=100, description="points that part-bit may lie below float"
+    )
 
     @property
     def has_gate(self) -> bool:
         """Tell whether a version can fall short of what is asked here."""
-        return self.min_part_top1 is not None or self.max_drop is not None
+        return any(gate is not None for gate in (self.min_part_top1, self.max_drop, self.max_part_drop))
 
 
 class StoreSpec(Section):
@@ -190,6 +255,7 @@ class JobSpec(Section):
     preprocess: PreprocessSpec = PreprocessSpec()
     calibration: CalibrationSpec | None = None
     evaluate: EvaluateSpec | None = None
+    analysis: AnalysisSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
 
     @model_validator(mode="after")
@@ -198,6 +264,12 @@ class JobSpec(Section):
             raise ValueError(
                 "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; 'paper' works without images"
             )
+        mixed = self.quantize.mixed
+        if mixed is not None and mixed.max_drop is not None and self.calibration is None:
+            raise ValueError(
+                "quantize.mixed.max_drop needs 'calibration: {data: ...}': noise tells layers apart, but predicts no "
+                "drop; 'mean_bits' and 'target_bytes' work without images"
+            )
         activations = self.quantize.activations
         if activations is not None and activations.observer != "sigma" and self.calibration is None:
             raise ValueError(
@@ -205,6 +277,11 @@ class JobSpec(Section):
                 "'sigma' works without images"
             )
         return self
+
+    @property
+    def measures_layers(self) -> bool:
+        """Tell whether the job measures what each layer alone loses."""
+        return self.quantize.mixed is not None or self.analysis is not None
 
     def identity(self, *, source_digest: str, calibration_digest: str | None) -> str:
         """Return the job's digest: what is asked, of which bytes, by which method.

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from jobs.result import LayerQuality
 from jobs.zoo_row import ZooRow
 
 _TEMPLATE = "zoo_report.html"
 
 
 def render(title: str, rows: Sequence[ZooRow]) -> str:
-    """Return the page: table, accuracy against bytes, and the sensitivity of each layer, drawn by its own script."""
+    """Return the page: table, accuracy against bytes, noise and damage of each layer, drawn by its own script."""
     template = resources.files("jobs").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     # In a script element only "</" and "<!--" end or bend the text; escaping every "<" keeps the JSON as it is.
     data = json.dumps([_document(row) for row in rows], allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -23,5 +24,11 @@ def render(title: str, rows: Sequence[ZooRow]) -> str:
 
 def _document(row: ZooRow) -> dict[str, Any]:
     document = row.cells()
-    document["layers"] = [[layer.name, layer.weights, list(layer.bits), list(layer.sqnr_db)] for layer in row.layers]
+    document["layers"] = [_layer(layer) for layer in row.layers]
     return document
+
+
+def _layer(layer: LayerQuality) -> list[Any]:
+    damage = layer.damage
+    measured = None if damage is None else [damage.divergence, damage.same, damage.drop, damage.images, damage.noise]
+    return [layer.name, layer.weights, list(layer.bits), list(layer.sqnr_db), measured]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
 from jobs.driver import tool_versions
+from jobs.events import Stage
 from jobs.identity import revision
 from jobs.result import JobResult, LayerQuality, stored_bits_per_weight
 from jobs.zoo_spec import ZooJob
@@ -15,7 +16,7 @@ from storage.manifest import Record
 Status = Literal["done", "below gate", "failed"]
 
 _TOOLS = ("nestquant-service", "torch", "timm", "pytorchcv", "ray")
-STAGES = ("validate", "stage", "plan", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class ZooRow(Record):

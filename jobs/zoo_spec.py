@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jobs.errors import SpecError
 from jobs.spec import (
+    AnalysisSpec,
     CalibrationSpec,
     ClusterSpec,
     EvaluateSpec,
@@ -30,7 +31,7 @@ from storage.manifest import ModelName
 from workers.errors import nearest
 
 LIBRARIES = ("timm", "pytorchcv")
-_SECTIONS = ("preprocess", "calibration", "evaluate")
+_SECTIONS = ("preprocess", "calibration", "evaluate", "analysis")
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 
 
@@ -49,6 +50,7 @@ class ZooEntry(Section):
     preprocess: PreprocessSpec = PreprocessSpec()
     calibration: CalibrationSpec | None = None
     evaluate: EvaluateSpec | None = None
+    analysis: AnalysisSpec | None = None
     priority: int = 0
     recipes: tuple[str, ...] | None = None
 
@@ -71,6 +73,7 @@ class ZooSpec(Section):
     preprocess: PreprocessSpec = PreprocessSpec()
     calibration: CalibrationSpec | None = None
     evaluate: EvaluateSpec | None = None
+    analysis: AnalysisSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
     max_models: int = Field(default=4, ge=1)
 

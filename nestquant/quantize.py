@@ -31,6 +31,22 @@ class QuantizedWeight:
         value = recompose(self.parts[: last + 1], self.config.bits)
         return dequantize(to_full_grid(value, self.config.bits, last), self.qparams)
 
+    def flips(self, weight: Tensor) -> tuple[int, ...]:
+        """Return for each level how many of its integers are not the nearest that its grid has to ``weight``.
+
+        ``weight`` is the float one, ``[O, I, *kernel]``, that this was made from.
+        """
+        x = to_grid(weight.detach(), self.qparams)
+        counts = []
+        for level in range(self.config.level_count):
+            bits = self.config.grid_bits(level)
+            qmin, qmax = signed_range(bits)
+            if self.config.scheme == "symmetric" and bits == self.config.full_bits:
+                qmin = -qmax
+            nearest = round_nearest(x / (1 << (self.config.full_bits - bits)), qmin=qmin, qmax=qmax)
+            counts.append(int((recompose(self.parts[: level + 1], self.config.bits) != nearest).sum()))
+        return tuple(counts)
+
 
 def quantize_weight(weight: Tensor, config: NestConfig) -> QuantizedWeight:
     """Quantize a float weight ``[O, I, *kernel]``, output channel first, and split it into its levels.

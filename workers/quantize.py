@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from nestquant.surgery import channel_first
 from storage.errors import AlreadyExists, NotFound, StorageError
 from storage.manifest import MEDIA_TYPE_BASE, canonical_json, piece_key
 from storage.registry import Registry
-from storage.shard import IntegerTensor, build_base, build_shard
+from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
 from storage.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
 from workers.solutions import read_solution
@@ -151,11 +152,12 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
         qparams[f"{prefix}/zero_point"] = quantized.qparams.zero_point.numpy().astype(np.int16)
         if quantized.biases is not None:
             qparams[f"{prefix}/biases"] = quantized.biases.numpy()
-        records.append(_losses(piece, weight, quantized))
-    descriptors = tuple(
-        registry.put_shard(build_shard(integers[level], qparams if level == 0 else {})) for level in range(level_count)
+        records.append(losses(piece, weight, quantized))
+    shards = [build_shard(integers[level], qparams if level == 0 else {}) for level in range(level_count)]
+    descriptors = tuple(map(registry.put_shard, shards))
+    record = GroupRecord(
+        index=task.index, levels=descriptors, pieces=tuple(_with_bytes(piece, shards) for piece in records)
     )
-    record = GroupRecord(index=task.index, levels=descriptors, pieces=tuple(records))
     return _Done(record, bytes_read, sum(descriptor.size_bytes for descriptor in descriptors))
 
 
@@ -191,12 +193,26 @@ def read_piece(reader: TensorReader, piece: PieceTask) -> torch.Tensor:
     return reader.read_rows(piece.parameter, piece.start, piece.stop).to(torch.float32)
 
 
-def _losses(piece: PieceTask, weight: torch.Tensor, quantized: QuantizedWeight) -> PieceRecord:
-    """Sums of squares in float64: they depend on the piece alone, not on who computes it."""
+def _with_bytes(record: PieceRecord, shards: Sequence[EncodedShard]) -> PieceRecord:
+    keys = [piece_key(record.layer, record.start, record.stop, level) for level in range(len(record.noise))]
+    sizes = tuple(shard.payload_bytes[key] for key, shard in zip(keys, shards, strict=False))
+    return record.model_copy(update={"level_bytes": sizes})
+
+
+def losses(piece: PieceTask, weight: torch.Tensor, quantized: QuantizedWeight) -> PieceRecord:
+    """Return what quantizing a piece lost: sums of squares in float64, and flips.
+
+    They depend on the piece alone, not on who computes it.
+    """
     noise = tuple(
         float(quantized.dequantize(level).sub_(weight).double().square().sum())
         for level in range(quantized.config.level_count)
     )
     return PieceRecord(
-        layer=piece.layer, start=piece.start, stop=piece.stop, signal=float(weight.double().square().sum()), noise=noise
+        layer=piece.layer,
+        start=piece.start,
+        stop=piece.stop,
+        signal=float(weight.double().square().sum()),
+        noise=noise,
+        flips=quantized.flips(weight),
     )

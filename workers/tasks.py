@@ -92,7 +92,9 @@ class PieceRecord(Record):
     """What quantizing one piece did.
 
     ``signal`` and ``noise[k]`` are sums of squares, so that pieces add up to a layer's signal-to-noise ratio.
-    ``noise[0]`` is that of the part-bit weights, ``noise[-1]`` that of the full-bit ones.
+    ``noise[0]`` is that of the part-bit weights, ``noise[-1]`` that of the full-bit ones. ``flips[k]`` counts the
+    integers of level ``k``'s grid that are not the nearest to their weights, ``level_bytes[k]`` are what the level's
+    integers take in its shard; both are empty in records of older releases.
     """
 
     layer: str
@@ -100,6 +102,8 @@ class PieceRecord(Record):
     stop: int
     signal: float
     noise: tuple[float, ...]
+    flips: tuple[int, ...] = ()
+    level_bytes: tuple[int, ...] = ()
 
 
 class GroupRecord(Record):

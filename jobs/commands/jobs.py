@@ -33,6 +33,16 @@ def quantize(
     *,
     store: Annotated[str | None, typer.Option("--store", envvar="NESTQUANT_STORE", help="Overrides store.uri.")] = None,
     change: Changes = None,
+    mean_bits: Annotated[
+        float | None, typer.Option(help="Choose high bits layer by layer, at most so many on average.")
+    ] = None,
+    target_bytes: Annotated[
+        int | None, typer.Option(help="Choose high bits layer by layer, level-0 shards of at most so many bytes.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Choose high bits layer by layer, fewest bytes at so many points of top-1 below float."),
+    ] = None,
     local: Annotated[
         bool,
         typer.Option("--local", help="Work in this process, without Ray; the artifact is the same, byte for byte."),
@@ -50,6 +60,7 @@ def quantize(
     from jobs.spec import load_spec
 
     changes = parse_changes(change)
+    changes |= _mixed(mean_bits=mean_bits, target_bytes=target_bytes, max_drop=max_drop)
     if store is not None:
         changes["store.uri"] = store
     if single_writer:
@@ -68,6 +79,16 @@ def quantize(
         console.print_result(result)
     if result.gate is not None:
         raise GateError(f"{result.name} version {result.version} is stored, but not tagged: {result.gate}.")
+
+
+def _mixed(**targets: float | None) -> dict[str, Any]:
+    """Return the target of ``quantize.mixed`` that the command line gives, in the place of the spec's own."""
+    given = [name for name, value in targets.items() if value is not None]
+    if not given:
+        return {}
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --mean-bits, --target-bytes and --max-drop.")
+    return {f"quantize.mixed.{name}": value for name, value in targets.items()}
 
 
 def parse_changes(texts: list[str] | None) -> dict[str, Any]:
@@ -98,9 +119,9 @@ def _dry_run(job: JobSpec, *, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="nestquant-job-") as folder:
         prepared = prepare(job, InProcessExecutor(), Path(folder), StageClock(lambda _: None))
     if as_json:
-        print_json(console.plan_document(prepared))
+        print_json(console.plan_document(prepared, job.quantize))
     else:
-        console.print_plan(prepared)
+        console.print_plan(prepared, job.quantize)
 
 
 def evaluate(

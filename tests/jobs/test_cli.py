@@ -258,6 +258,53 @@ def test_every_command_has_an_example(nestquant: Run) -> None:
                 assert "Example: nestquant" in out, (prefix, name)
 
 
+def test_a_target_on_the_command_line_takes_the_place_of_the_spec_s(nestquant: Run, spec: Path) -> None:
+    document = yaml.safe_load(spec.read_text())
+    document["quantize"] = {"bits": [8, 4], "ignore": ["layer*"], "mixed": {"mean_bits": 4.0, "samples": 8}}
+    spec.write_text(yaml.safe_dump(document))
+    code, out, _ = nestquant("quantize", spec, "--local", "--json", "--target-bytes", 6000)
+    assert code == 0
+    mixed = json.loads(out)["mixed"]
+    assert mixed["level_bytes"] <= 6000
+    assert mixed["mean_bits"] > 4
+    code, _, err = nestquant("quantize", spec, "--local", "--target-bytes", 6000, "--mean-bits", 4)
+    assert (code, "give one of --mean-bits, --target-bytes and --max-drop" in err) == (2, True)
+    code, out, _ = nestquant("quantize", spec, "--dry-run")
+    assert code == 0
+    assert [line.split()[7] for line in out.splitlines() if line.startswith("│ conv1.0")] == ["8|3,4,5,6"]
+    assert "High bits in the plural are for the job to choose" in out
+
+
+def test_analyze_measures_a_spec_and_reads_about_a_version(
+    nestquant: Run, spec: Path, store: Path, tmp_path: Path
+) -> None:
+    chosen = ("--set", "quantize.ignore=[layer*]", "--local", "--bits", "2,8", "--samples", 8)
+    code, out, err = nestquant("analyze", spec, *chosen, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    rows = [(layer["name"], tuple(layer["bits"])) for layer in told["layers"]]
+    names = ("conv1.0", "conv1.3", "conv1.6", "fc")
+    assert rows == [(name, bits) for name in names for bits in ((8, 2), (8, 4), (8,))]
+    assert {layer["damage"]["images"] for layer in told["layers"]} == {8}
+    narrow, own, whole = (layer["damage"]["divergence"] for layer in told["layers"][:3])
+    assert narrow > own > whole > 0
+    assert not (tmp_path / "store" / "models").exists()
+    code, out, _ = nestquant("analyze", spec, *chosen)
+    assert code == 0
+    assert "with the layer alone part-bit, on 8 calibration images" in out
+
+    code, out, _ = nestquant("analyze", "tiny", "--store", store)
+    assert code == 0
+    assert "KL, same answers and top-1 were not measured" in out
+    code, out, _ = nestquant("analyze", "tiny@1", "--store", store, "--json")
+    (first, *_) = json.loads(out)["layers"]
+    assert (first["bits"], len(first["flips"]), len(first["level_bytes"])) == ([8, 6, 4], 3, 3)
+    code, _, err = nestquant("analyze", "tiny", "--store", store, "--bits", "4")
+    assert (code, "are for a spec" in err) == (2, True)
+    code, _, err = nestquant("analyze", spec, "--local", "--bits", "4,x")
+    assert (code, "--bits '4,x': expected widths from 1 to 8" in err) == (2, True)
+
+
 def test_device_commands_import_neither_torch_nor_numpy() -> None:
     script = (
         "import sys; import jobs.cli, storage.device; "

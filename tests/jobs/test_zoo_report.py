@@ -13,7 +13,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
-from jobs.result import LayerQuality
+from jobs.result import LayerDamage, LayerQuality
 from jobs.zoo_report import render
 from jobs.zoo_row import ZooRow
 
@@ -21,6 +21,11 @@ LAYERS = (
     LayerQuality(name="stem.conv", bits=(8, 4), weights=432, sqnr_db=(12.5, 40.25)),
     LayerQuality(name="a.long.qualified.name.of.some.block.conv", bits=(8, 4), weights=9216, sqnr_db=(20.0, None)),
 )
+DAMAGES = (
+    LayerDamage(images=64, noise=False, divergence=0.0125, same=98.4375, drop=1.5625),
+    LayerDamage(images=64, noise=False, divergence=0.05, same=93.75, drop=None),
+)
+DAMAGED = tuple(layer.model_copy(update={"damage": damage}) for layer, damage in zip(LAYERS, DAMAGES, strict=True))
 HOSTILE = 'x</script><script>document.title="owned"</script><!--'
 
 
@@ -61,7 +66,9 @@ ROWS = [
     row("middle", top1=60.0, high=2_000_000),
     row("best", top1=90.0, high=30_000_000),
     row("broken", top1=None, status="failed", error=HOSTILE),
-    row("worst", top1=9.5, high=100_000, status="below gate", error="part-bit top-1 is 6.50%"),
+    row("worst", top1=9.5, high=100_000, status="below gate", error="part-bit top-1 is 6.50%").model_copy(
+        update={"layers": DAMAGED}
+    ),
 ]
 
 
@@ -178,6 +185,29 @@ def test_layers_show_what_each_loses_and_follow_the_chosen_version(page: Chrome)
     ]
 
 
+def test_damage_by_layer_follows_the_version_and_sorts_from_the_keyboard(page: Chrome) -> None:
+    place = page.find_element(By.ID, "damage")
+    assert place.text == "Not measured: 'analysis' or 'quantize.mixed' in a job's spec does."
+    Select(page.find_element(By.ID, "version")).select_by_index(2)
+    picture = page.find_element(By.CSS_SELECTOR, "#damage svg")
+    assert picture.get_attribute("aria-label") == "Damage done by each of 2 layers of worst alone"
+    assert page.find_element(By.ID, "damage-on").text == ", over 64 calibration images"
+    first = "stem.conv: 432 weights, 8 over 4 bits, 0.0125 nats, 98.4% same answers, 1.56 points of top-1 lost"
+    second = "a.long.qualified.name.of.some.block.conv: 9,216 weights, 8 over 4 bits, 0.0500 nats, 93.8% same answers"
+    assert titles(page) == [first, second]
+    widths = [float(bar.get_attribute("width") or "") for bar in page.find_elements(By.CSS_SELECTOR, "#damage rect")]
+    assert widths[0] / widths[1] == pytest.approx(0.25)
+    page.find_element(By.ID, "version").send_keys(Keys.TAB)
+    order = page.switch_to.active_element
+    assert order.get_attribute("id") == "damage-order"
+    order.send_keys(Keys.ARROW_DOWN)
+    assert titles(page) == [second, first]
+
+
+def titles(page: Chrome) -> list[str | None]:
+    return [title.get_attribute("textContent") for title in page.find_elements(By.CSS_SELECTOR, "#damage title")]
+
+
 def test_nothing_breaks_out_and_nothing_is_asked_of_the_network(page: Chrome) -> None:
     error = page.find_element(By.CSS_SELECTOR, "td.error")
     assert error.get_attribute("textContent") == HOSTILE
@@ -200,6 +230,8 @@ def test_a_narrow_screen_scrolls_the_table_alone_and_keeps_text_readable(page: C
         page.refresh()
         width, page_width = page.execute_script("return [window.innerWidth, document.documentElement.scrollWidth]")
         assert (width, page_width) == (360, 360)
+        Select(page.find_element(By.ID, "version")).select_by_index(2)
+        assert len(page.find_elements(By.CSS_SELECTOR, "svg")) == 3
         table = page.find_element(By.CSS_SELECTOR, ".scroll")
         assert page.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", table)
         for picture in page.find_elements(By.CSS_SELECTOR, "svg"):

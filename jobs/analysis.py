@@ -1,0 +1,117 @@
+"""What each layer loses: measured for a spec before anything is quantized, or as a published version's job told."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from jobs.driver import REPORT, prepare
+from jobs.events import Listener, StageClock
+from jobs.result import JobResult, LayerQuality, layer_damage
+from jobs.sensitivity import measure_sensitivities
+from jobs.spec import AnalysisSpec, JobSpec
+from storage.errors import NotFound
+from storage.manifest import Record
+from storage.registry import Registry
+from workers.errors import WorkError
+from workers.executor import Executor
+
+
+class Analysis(Record):
+    """Layers in execution order; of a spec one row for each layer and width.
+
+    ``version`` is None for a spec: there ``level_bytes`` are those of a level-0 shard that holds the layer alone, and
+    figures those of the layer quantized by itself, behind float layers.
+    """
+
+    name: str
+    library: str
+    arch: str
+    version: int | None
+    layers: tuple[LayerQuality, ...]
+    skipped_images: tuple[tuple[str, str], ...] = ()
+
+
+def analyze_spec(
+    spec: JobSpec,
+    executor: Executor,
+    listen: Listener = lambda _: None,
+    *,
+    more_bits: Sequence[int] = (),
+    samples: int | None = None,
+) -> Analysis:
+    """Measure every layer alone, at the widths that it may get and at ``more_bits``; publish nothing.
+
+    Records go to the ledger of the spec's job, which does not measure again what it finds there.
+
+    Raises:
+        SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
+    """
+    if not spec.measures_layers:  # so that a task's memory is checked before work starts
+        spec = spec.model_copy(update={"analysis": AnalysisSpec()})
+    clock = StageClock(listen)
+    with tempfile.TemporaryDirectory(prefix="nestquant-analyze-") as folder:
+        prepared = prepare(spec, executor, Path(folder), clock)
+        with clock.stage("sensitivity"):
+            records = measure_sensitivities(
+                spec,
+                prepared.staged,
+                prepared.plan,
+                executor,
+                context=prepared.context,
+                on_done=clock.progress("sensitivity"),
+                more_bits=more_bits,
+                samples=samples,
+            )
+    layers = tuple(
+        LayerQuality(
+            name=layer.layer,
+            bits=damage.bits,
+            weights=layer.weights,
+            sqnr_db=damage.sqnr_db,
+            flips=damage.flips,
+            level_bytes=(damage.shard_bytes,),
+            damage=layer_damage(record, damage.bits),
+        )
+        for layer, record in zip(prepared.plan.whole_layers, records, strict=True)
+        for damage in record.damages
+    )
+    skipped = dict.fromkeys(image for record in records for image in record.skipped)
+    return Analysis(
+        name=spec.name,
+        library=spec.model.library,
+        arch=spec.model.arch,
+        version=None,
+        layers=layers,
+        skipped_images=tuple(skipped),
+    )
+
+
+def analyze_version(registry: Registry, name: str, ref: str) -> Analysis:
+    """Return what the job of a version reported of its layers.
+
+    Raises:
+        storage.NotFound: there is no such version.
+        WorkError: the version has no report, or one of another release.
+    """
+    version = registry.resolve(name, ref).version
+    try:
+        result = JobResult.model_validate_json(registry.get_report(name, version, REPORT))
+    except NotFound as error:
+        raise WorkError(f"{name} version {version} has no report of its job; give the job's spec.") from error
+    except ValidationError as error:
+        raise WorkError(
+            f"{name} version {version}: its report is from another release ({error.error_count()} faults); "
+            "give the job's spec."
+        ) from error
+    return Analysis(
+        name=name,
+        library=result.library,
+        arch=result.arch,
+        version=version,
+        layers=result.layers,
+        skipped_images=result.skipped_images,
+    )

@@ -1,0 +1,316 @@
+"""How much a network loses when one layer alone runs part-bit: the divergence of its answers from the float network's.
+
+One task is one layer with all its candidate widths, over the same first images of the calibration set, one thread,
+sums in float64 in the order of the images: its result depends on nothing but itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from nestquant.calibrated import calibrate_weight
+from nestquant.config import NestConfig
+from nestquant.modules import from_float
+from nestquant.moments import Moments, has_columns, input_columns
+from nestquant.packing import pack
+from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.surgery import replace
+from storage.errors import AlreadyExists, NotFound
+from storage.manifest import Record, canonical_json, piece_key
+from storage.registry import Registry
+from storage.shard import IntegerTensor, build_shard
+from storage.uri import open_store
+from workers.calibrate import NOISE_SEED
+from workers.checkpoint import fetch, load_network
+from workers.errors import DataError, WorkError
+from workers.images import open_images
+from workers.quantize import losses, read_piece
+from workers.reconstruct import MAX_INPUTS
+from workers.tasks import PieceTask, TaskContext
+from workers.tensors import TensorSource, open_tensors
+from workers.threads import threads
+from workers.zoo import Preprocessing
+
+
+class SensitivityTask(Record):
+    """Measure one layer at each of ``candidates``: the bits of its levels, the last of which it runs at.
+
+    Damage is measured on the first ``samples`` images, or on noise where ``data`` is None. With ``calibrated`` the
+    layer's integers follow from its inputs on the images after those, up to ``stop``: on the images that chose them
+    they would look better than they are. A set too small for both is halved.
+    """
+
+    context: TaskContext
+    library: str
+    arch: str
+    kwargs: dict[str, Any]
+    layer: PieceTask
+    index: int
+    candidates: tuple[tuple[int, ...], ...]
+    calibrated: bool
+    data: str | None
+    samples: int
+    stop: int
+    batch_size: int
+    preprocessing: dict[str, Any]
+
+
+class Damage(Record):
+    """What one layer at ``bits`` does to the network, all other layers float.
+
+    ``divergence``: mean Kullback-Leibler divergence of the answers from the float network's, in nats. ``same``: images
+    that get the same answer. ``lost``: what the float network's probability of its own answer exceeds that of the
+    answer given, mean over the images: the share of right answers lost if its probabilities can be trusted. ``correct``
+    counts right answers where there are labels. ``sqnr_db[0]`` is part-bit, the last full-bit, None where nothing was
+    lost. ``flips`` as in ``PieceRecord``. ``shard_bytes`` of a level-0 shard of this layer alone.
+    """
+
+    bits: tuple[int, ...]
+    divergence: float
+    same: int
+    lost: float
+    correct: int | None
+    sqnr_db: tuple[float | None, ...]
+    flips: tuple[int, ...]
+    shard_bytes: int
+
+
+class SensitivityRecord(Record):
+    """One layer, measured on ``images`` images; ``float_correct`` and each ``correct`` where they carry labels."""
+
+    layer: str
+    images: int
+    noise: bool
+    float_correct: int | None
+    damages: tuple[Damage, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def at(self, bits: tuple[int, ...]) -> Damage | None:
+        """Return the damage at these bits, if it was measured."""
+        return next((damage for damage in self.damages if damage.bits == bits), None)
+
+
+def sensitivity_key(task: SensitivityTask) -> str:
+    """Return where a layer's record stands in the ledger; what else counts is in the job's digest."""
+    widths = "_".join("-".join(map(str, bits)) for bits in task.candidates)
+    job = task.context.job.removeprefix("sha256:")
+    return f"jobs/{job}/sensitivity/{task.index:06d}-{task.samples}-{widths}.json"
+
+
+@torch.inference_mode()
+def measure_layer(task: SensitivityTask) -> SensitivityRecord:
+    """Measure a layer, or return what an earlier run of the job measured.
+
+    Raises:
+        WorkError: naming the layer that cannot be quantized, or the image set that cannot be read.
+    """
+    registry = Registry(open_store(task.context.store_uri))
+    key = sensitivity_key(task)
+    found = _finished(registry, key)
+    if found is not None:
+        return found
+    source = TensorSource(task.context.source_store, task.context.source_key)
+    network = load_network(task.library, task.arch, task.kwargs, source)
+    weight = read_piece(open_tensors(source), task.layer)
+    # One thread: how a sum is split over threads changes its last bit.
+    with tempfile.TemporaryDirectory(prefix="nestquant-sensitivity-") as folder, threads(1):
+        judged, rest, skipped = _images(task, Path(folder))
+        labelled = all(int(labels.min()) >= 0 for _, labels in judged)
+        reference, moments = _run_float(network, task, judged, rest)
+        module = network.get_submodule(task.layer.layer)
+        damages = []
+        for bits in task.candidates:
+            quantized = _quantized(task, weight, bits, moments)
+            layer = from_float(module, quantized, residency="expanded")
+            layer.nested.set_level(0)
+            replace(network, task.layer.layer, layer)
+            told = _Answers.compare(network, judged, reference)
+            replace(network, task.layer.layer, module)
+            damages.append(_damage(task, weight, quantized, told, labelled=labelled))
+    record = SensitivityRecord(
+        layer=task.layer.layer,
+        images=sum(len(labels) for _, labels in judged),
+        noise=task.data is None,
+        float_correct=sum(_correct(logits, labels) for logits, (_, labels) in zip(reference, judged, strict=True))
+        if labelled
+        else None,
+        damages=tuple(damages),
+        skipped=skipped,
+    )
+    with contextlib.suppress(AlreadyExists):  # a second run by design wrote the same
+        registry.store.put(key, canonical_json(record), mode="create")
+    return record
+
+
+def _finished(registry: Registry, key: str) -> SensitivityRecord | None:
+    try:
+        return SensitivityRecord.model_validate_json(registry.store.get(key))
+    except NotFound:
+        return None
+    except ValidationError as error:
+        raise WorkError(
+            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and run the job again."
+        ) from error
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batch], tuple[tuple[str, str], ...]]:
+    """Return the batches that damage is measured on, those that moments are taken from, and what was left out."""
+    preprocessing = Preprocessing.from_record(task.preprocessing)
+    if task.data is None:
+        shape = (task.samples, len(preprocessing.mean), preprocessing.size, preprocessing.size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+        return [(one, torch.full((len(one),), -1)) for one in torch.split(noise, task.batch_size)], [], ()
+    images = open_images(fetch(task.data, folder))
+    stop = min(task.stop, len(images))
+    edge = min(task.samples, max(1, stop // 2)) if task.calibrated else min(task.samples, stop)
+    judged = list(images.batches(preprocessing, batch_size=task.batch_size, stop=edge))
+    rest = (
+        list(images.batches(preprocessing, batch_size=task.batch_size, start=edge, stop=stop))
+        if task.calibrated
+        else []
+    )
+    if not judged or (task.calibrated and not rest):
+        raise DataError(
+            f"calibration.data: {stop} images, {len(images.skipped)} of them unreadable, are too few to measure layers "
+            "on; raise calibration.samples, or leave quantize.mixed and analysis out."
+        )
+    return judged, rest, tuple(images.skipped)
+
+
+def _run_float(
+    network: nn.Module, task: SensitivityTask, judged: Sequence[Batch], rest: Sequence[Batch]
+) -> tuple[list[Tensor], Moments | None]:
+    """Return the float network's answers, and the moments of the layer's inputs on the other images."""
+    reference = [_logits(network, inputs, task.layer.layer) for inputs, _ in judged]
+    module = network.get_submodule(task.layer.layer)
+    if not (has_columns(module) and task.layer.inputs <= MAX_INPUTS):
+        return reference, None
+    total: Moments | None = None
+    for inputs, _ in rest:
+        with _watched(module) as parts:
+            network(inputs)
+        for part in parts:
+            total = part if total is None else Moments.merge([total, part])
+    return reference, total
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[list[Moments]]:
+    """Yield the moments of the layer's inputs, one for each call."""
+    parts: list[Moments] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            columns = input_columns(module, args[0])
+            parts.append(Moments.of(columns, columns))
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        yield parts
+    finally:
+        handle.remove()
+
+
+def _quantized(
+    task: SensitivityTask, weight: Tensor, bits: tuple[int, ...], moments: Moments | None
+) -> QuantizedWeight:
+    config = NestConfig(bits=bits, scheme=task.layer.scheme, rounding=task.layer.rounding)
+    try:
+        if moments is None:
+            return quantize_weight(weight, config)
+        return calibrate_weight(weight, config, [moments] * config.level_count, groups=task.layer.groups)
+    except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
+        raise WorkError(f"Layer {task.layer.layer!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """Sums over the images; see `Damage`."""
+
+    images: int
+    divergence: float
+    same: int
+    lost: float
+    correct: int
+
+    @classmethod
+    def compare(cls, network: nn.Module, judged: Sequence[Batch], reference: Sequence[Tensor]) -> _Answers:
+        """Run the network and hold its answers against the float one's, batch after batch."""
+        divergence, lost, same, correct, images = 0.0, 0.0, 0, 0, 0
+        for (inputs, labels), wanted in zip(judged, reference, strict=True):
+            seen = _logits(network, inputs, "")
+            own, other = wanted.double().log_softmax(dim=1), seen.double().log_softmax(dim=1)
+            answer, given = wanted.argmax(dim=1), seen.argmax(dim=1)
+            divergence += float((own.exp() * (own - other)).sum())
+            chances = own.exp()
+            lost += float((chances.gather(1, answer[:, None]) - chances.gather(1, given[:, None])).sum())
+            same += int((answer == given).sum())
+            correct += _correct(seen, labels)
+            images += len(labels)
+        return cls(images, divergence, same, lost, correct)
+
+
+def _logits(network: nn.Module, inputs: Tensor, layer: str) -> Tensor:
+    logits = network(inputs)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise WorkError("Layers are measured by the answers of a classifier; this network returns none.")
+    if not torch.isfinite(logits).all():
+        where = f" before layer {layer!r} was touched" if layer else ""
+        raise WorkError(f"The network answers NaN or infinity{where}; check the checkpoint and the preprocessing.")
+    return logits
+
+
+def _correct(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(dim=1) == labels).sum())
+
+
+def _damage(
+    task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, told: _Answers, *, labelled: bool
+) -> Damage:
+    bits = quantized.config.bits
+    lost = losses(task.layer.model_copy(update={"bits": bits}), weight, quantized)
+    return Damage(
+        bits=bits,
+        divergence=told.divergence / told.images,
+        same=told.same,
+        lost=told.lost / told.images,
+        correct=told.correct if labelled else None,
+        sqnr_db=sqnr_db(lost.signal, lost.noise),
+        flips=lost.flips,
+        shard_bytes=shard_bytes(task.layer.layer, quantized),
+    )
+
+
+def sqnr_db(signal: float, noise: Sequence[float]) -> tuple[float | None, ...]:
+    """Return signal-to-noise ratios in dB of sums of squares; None where nothing was lost."""
+    return tuple(10 * math.log10(signal / level) if signal > 0 and level > 0 else None for level in noise)
+
+
+def shard_bytes(name: str, quantized: QuantizedWeight) -> int:
+    """Return the bytes of a level-0 shard that holds a layer alone: integers, grid and biases."""
+    values, bits = quantized.parts[0].numpy(), quantized.config.level_bits[0]
+    start, stop = 0, values.shape[0]
+    prefix = f"{name}[{start}:{stop}]"
+    beside = {
+        f"{prefix}/scale": quantized.qparams.scale.numpy(),
+        f"{prefix}/zero_point": quantized.qparams.zero_point.numpy().astype(np.int16),
+    }
+    if quantized.biases is not None:
+        beside[f"{prefix}/biases"] = quantized.biases.numpy()
+    integers = IntegerTensor(values, pack(values, bits), bits, values.shape)
+    return len(build_shard({piece_key(name, start, stop, 0): integers}, beside).data)
