@@ -28,6 +28,7 @@ _WORDS = {
     "stage": "bring the weights",
     "plan": "plan layers, shards and tasks",
     "calibrate": "calibrate activation ranges",
+    "synthesize": "make images without any",
     "reconstruct": "choose integers and biases, layer after layer",
     "quantize": "quantize, pack and store",
     "publish": "publish the manifest",

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["validate", "stage", "plan", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate"]
+Stage = Literal[
+    "validate", "stage", "plan", "synthesize", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate"
+]
 
 
 @dataclass(frozen=True)

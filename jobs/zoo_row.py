@@ -15,7 +15,18 @@ from storage.manifest import Record
 Status = Literal["done", "below gate", "failed"]
 
 _TOOLS = ("nestquant-service", "torch", "timm", "pytorchcv", "ray")
-STAGES = ("validate", "stage", "plan", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate")
+STAGES = (
+    "validate",
+    "stage",
+    "plan",
+    "synthesize",
+    "calibrate",
+    "reconstruct",
+    "quantize",
+    "publish",
+    "pull",
+    "evaluate",
+)
 
 
 class ZooRow(Record):
