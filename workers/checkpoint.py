@@ -37,7 +37,7 @@ def fetch(uri: str, folder: Path) -> Path:
 
     """
     store_uri, mark, key = uri.rpartition("#")
-    if mark and "://" in store_uri and is_key(key):
+    if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
         path = folder / key.rpartition("/")[2]
         path.write_bytes(open_store(store_uri).get(key))
         return path
