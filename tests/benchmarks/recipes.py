@@ -16,6 +16,7 @@ import torch
 
 from jobs.driver import run_job
 from jobs.spec import parse_spec
+from jobs.synthesis import SAMPLES
 from tests.benchmarks.accuracy_table import DATA, MODELS, ROOT, Known
 from workers.executor import InProcessExecutor
 
@@ -34,7 +35,9 @@ def document(model: Known, bits: list[int], recipe: str, samples: int, limit: in
         },
         "quantize": {"bits": bits, "recipe": recipe},
         "preprocess": model.preprocess,
-        "calibration": {"data": str(DATA / "images" / model.calibration), "samples": samples},
+        "calibration": None
+        if recipe == "data_free"
+        else {"data": str(DATA / "images" / model.calibration), "samples": samples},
         "evaluate": {"data": str(DATA / "images" / model.images), "limit": limit},
     }
 
@@ -48,7 +51,7 @@ def measured(spec: dict[str, Any]) -> dict[str, Any]:
         "model": result.name,
         "bits": list(result.bits),
         "recipe": job.quantize.recipe,
-        "samples": spec["calibration"]["samples"],
+        "samples": SAMPLES if spec["calibration"] is None else spec["calibration"]["samples"],
         "correct": {one.mode: one.correct for one in result.measured},
         "images": result.measured[0].total,
         "level_bytes": list(result.sizes.level_bytes),
@@ -63,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted({model.name for model in MODELS}))
     parser.add_argument("bits")
-    parser.add_argument("--recipe", default="calibrated", choices=("paper", "calibrated"))
+    parser.add_argument("--recipe", default="calibrated", choices=("paper", "calibrated", "data_free"))
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
