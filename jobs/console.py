@@ -30,6 +30,7 @@ _WORDS = {
     "plan": "plan layers, shards and tasks",
     "sensitivity": "measure each layer alone",
     "calibrate": "calibrate activation ranges",
+    "synthesize": "make images without any",
     "reconstruct": "choose integers and biases, layer after layer",
     "quantize": "quantize, pack and store",
     "publish": "publish the manifest",

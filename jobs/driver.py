@@ -1,5 +1,5 @@
-"""The main job by stages: validate, stage, plan, (measure layers alone and choose their bits,) calibrate, reconstruct,
-quantize, publish, pull back, evaluate, tag.
+"""The main job by stages: validate, stage, plan, (measure layers alone and choose their bits,) (make images,)
+calibrate, reconstruct, quantize, publish, pull back, evaluate, tag.
 
 The driver moves names and digests; weights go from the checkpoint to a worker and from there to the store. What is
 published is pulled back as a device would, and measured; with a gate in the spec, a version that falls short stays
@@ -26,6 +26,7 @@ from jobs.sensitivity import measure_sensitivities, sensitivity_bytes
 from jobs.signing import load_keys
 from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
 from jobs.stage import Staged, outline, stage
+from jobs.synthesis import make_synthetic
 from storage.capabilities import has_create_only
 from storage.device import Device, StoreSource
 from storage.errors import UnsafeStore
@@ -178,17 +179,21 @@ def _carry_out(
 ) -> Outcome:
     registry, staged, plan = prepared.registry, prepared.staged, prepared.plan
     gate = spec.evaluate if spec.evaluate is not None and spec.evaluate.has_gate else None
+    seen_spec, seen = spec, prepared  # what the stages that look at activations read
+    if spec.quantize.recipe == "data_free":
+        with clock.stage("synthesize"):
+            seen_spec, seen = _synthesize(spec, prepared, executor, clock)
     with clock.stage("calibrate"):
-        digest, progress = prepared.calibration_digest, clock.progress("calibrate")
-        calibrated = calibrate(spec, staged, plan, executor, digest=digest, on_done=progress)
+        digest, progress = seen.calibration_digest, clock.progress("calibrate")
+        calibrated = calibrate(seen_spec, seen.staged, plan, executor, digest=digest, on_done=progress)
     reconstructed = Reconstructed()
     if plan.solved_layers:
         with clock.stage("reconstruct"):
-            reconstructed = _reconstruct(spec, prepared, executor, clock)
+            reconstructed = _reconstruct(seen_spec, seen, executor, clock)
     with clock.stage("quantize"):
         results = _quantize(prepared, executor, clock)
     with clock.stage("publish"):
-        draft = _manifest(spec, prepared, calibrated, reconstructed, results)
+        draft = _manifest(spec, seen, calibrated, reconstructed, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
         if gate is None:
             _tag(registry, published, spec.store)
@@ -227,6 +232,21 @@ def _check_images(spec: JobSpec, folder: Path) -> str | None:
         return None
     images = open_images(fetch(spec.calibration.data, folder))
     return images.digest(min(spec.calibration.samples, len(images)))
+
+
+def _synthesize(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> tuple[JobSpec, Prepared]:
+    """Return the job as if its synthetic images were given, and the network that fits them its checkpoint."""
+    made = make_synthetic(
+        spec,
+        prepared.staged,
+        executor,
+        registry=prepared.registry,
+        context=prepared.context,
+        on_done=clock.progress("synthesize"),
+    )
+    staged = replace(prepared.staged, source=made.source)
+    seen = replace(prepared, staged=staged, calibration_digest=made.digest)
+    return spec.model_copy(update={"calibration": made.calibration}), seen
 
 
 def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Reconstructed:

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal[
-    "validate", "stage", "plan", "sensitivity", "calibrate", "reconstruct", "quantize", "publish", "pull", "evaluate"
+    "validate",
+    "stage",
+    "plan",
+    "sensitivity",
+    "synthesize",
+    "calibrate",
+    "reconstruct",
+    "quantize",
+    "publish",
+    "pull",
+    "evaluate",
 ]
 
 

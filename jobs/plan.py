@@ -108,7 +108,7 @@ def make_plan(
             f"Nothing to quantize in {spec.model.arch}: "
             f"{len(kept)} layers stay float ({shown([record.name for record in kept])})."
         )
-    if recipe.recipe == "calibrated":
+    if recipe.recipe != "paper":
         chosen = [replace(layer, solution=index) for index, layer in enumerate(chosen)]
     groups, pieces = _group(chosen, spec.store.shard_bytes)
     layers = tuple(_record(layer, pieces[layer.site.name]) for layer in chosen)

@@ -117,10 +117,11 @@ class QuantizeSpec(Section):
 
     ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades. ``recipe`` names the
     steps: ``paper`` rounds by the weights alone, ``calibrated`` by what the calibration images make of each layer's
-    inputs (`nestquant.calibrated`); there ``rounding`` counts for layers whose inputs cannot be read.
+    inputs (`nestquant.calibrated`), ``data_free`` the same with images that the job makes itself
+    (`nestquant.synthetic`); in both ``rounding`` counts for layers whose inputs cannot be read.
     """
 
-    recipe: Literal["paper", "calibrated"] = "paper"
+    recipe: Literal["paper", "calibrated", "data_free"] = "paper"
     bits: tuple[int, ...] = (8, 4)
     scheme: Scheme = "asymmetric"
     rounding: Literal["adaptive", "nearest"] = "adaptive"
@@ -262,7 +263,8 @@ class JobSpec(Section):
     def _calibrated(self) -> Self:
         if self.quantize.recipe == "calibrated" and self.calibration is None:
             raise ValueError(
-                "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; 'paper' works without images"
+                "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; "
+                "'data_free' and 'paper' work without images"
             )
         mixed = self.quantize.mixed
         if mixed is not None and mixed.max_drop is not None and self.calibration is None:
@@ -270,6 +272,12 @@ class JobSpec(Section):
                 "quantize.mixed.max_drop needs 'calibration: {data: ...}': noise tells layers apart, but predicts no "
                 "drop; 'mean_bits' and 'target_bytes' work without images"
             )
+        if self.quantize.recipe == "data_free":
+            if self.calibration is not None:
+                raise ValueError(
+                    "quantize.recipe 'data_free' makes images of its own: leave 'calibration' out, or say 'calibrated'"
+                )
+            return self
         activations = self.quantize.activations
         if activations is not None and activations.observer != "sigma" and self.calibration is None:
             raise ValueError(

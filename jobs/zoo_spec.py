@@ -199,6 +199,8 @@ def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe
     if "checkpoint" in weights:
         weights["checkpoint"] = str(weights["checkpoint"]).format(library=library, arch=arch)
     sections = {name: getattr(entry if name in entry.model_fields_set else spec, name) for name in _SECTIONS}
+    if recipe.quantize.recipe == "data_free":  # it makes its own images, beside recipes that share the zoo's
+        sections["calibration"] = None
     document = {
         "name": _slug(f"{library}.{arch}.{recipe.name}"),
         "model": {"library": library, "arch": arch, "kwargs": entry.kwargs, **weights},

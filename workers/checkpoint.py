@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from storage.blob_store import is_key
 from storage.s3 import S3Store
 from storage.uri import open_store
 from workers import zoo
@@ -28,11 +29,18 @@ _NESTED_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "net",
 def fetch(uri: str, folder: Path) -> Path:
     """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
 
+    What ``stored_file`` names is downloaded from any store.
+
     Raises:
         CheckpointError: there is no such file.
         storage.StorageError: the store refused.
 
     """
+    store_uri, mark, key = uri.rpartition("#")
+    if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
+        path = folder / key.rpartition("/")[2]
+        path.write_bytes(open_store(store_uri).get(key))
+        return path
     if not uri.startswith("s3://"):
         path = Path(uri.removeprefix("file://")).expanduser()
         if not path.exists():
@@ -42,6 +50,11 @@ def fetch(uri: str, folder: Path) -> Path:
     if not isinstance(store, S3Store) or not store.prefix:
         raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
     return store.download(folder / Path(store.prefix.rstrip("/")).name)
+
+
+def stored_file(store_uri: str, key: str) -> str:
+    """Return a URI that ``fetch`` reads: an object of a store that is no bucket of plain files (no URI has a ``#``)."""
+    return f"{store_uri}#{key}"
 
 
 def to_safetensors(path: Path, folder: Path) -> Path:

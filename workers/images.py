@@ -74,9 +74,10 @@ class ImageSet:
 
         Sets are often sorted by class: the first images of one would be a few classes alone.
         """
-        if count >= len(self):
-            return self
-        chosen = [index * len(self) // count for index in range(count)]
+        return self if count >= len(self) else self.take(spread(len(self), count))
+
+    def take(self, chosen: Sequence[int]) -> ImageSet:
+        """Return the images at these places, in the order given."""
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
         return ImageSet(self.path, [self.names[index] for index in chosen], labels, _Chosen(self.reader, chosen))
 
@@ -100,6 +101,11 @@ class ImageSet:
             with file.open("rb") as stream:
                 hasher.update(hashlib.file_digest(stream, "sha256").digest())
         return f"sha256:{hasher.hexdigest()}"
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return ``count`` of ``range(total)``, evenly spread."""
+    return [index * total // count for index in range(count)]
 
 
 def open_images(path: str | Path) -> ImageSet:

@@ -35,7 +35,7 @@ from storage.uri import open_store
 from workers.calibrate import NOISE_SEED
 from workers.checkpoint import fetch, load_network
 from workers.errors import DataError, WorkError
-from workers.images import open_images
+from workers.images import open_images, spread
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
 from workers.tasks import PieceTask, TaskContext
@@ -47,9 +47,9 @@ from workers.zoo import Preprocessing
 class SensitivityTask(Record):
     """Measure one layer at each of ``candidates``: the bits of its levels, the last of which it runs at.
 
-    Damage is measured on the first ``samples`` images, or on noise where ``data`` is None. With ``calibrated`` the
-    layer's integers follow from its inputs on the images after those, up to ``stop``: on the images that chose them
-    they would look better than they are. A set too small for both is halved.
+    Damage is measured on ``samples`` of the set's ``stop`` images, or on noise where ``data`` is None. With ``calibrated``
+    the layer's integers follow from its inputs on the others: on the images that chose them they would look better than
+    they are. A set too small for both is halved.
     """
 
     context: TaskContext
@@ -175,15 +175,15 @@ def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batc
         shape = (task.samples, len(preprocessing.mean), preprocessing.size, preprocessing.size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         return [(one, torch.full((len(one),), -1)) for one in torch.split(noise, task.batch_size)], [], ()
-    images = open_images(fetch(task.data, folder))
-    stop = min(task.stop, len(images))
+    images = open_images(fetch(task.data, folder)).sample(task.stop)
+    stop = len(images)
     edge = min(task.samples, max(1, stop // 2)) if task.calibrated else min(task.samples, stop)
+    # Spread over the set, as the samples are: a set is often sorted by class.
+    first = spread(stop, edge)
+    order = [*first, *sorted(set(range(stop)).difference(first))]
+    images = images.take(order)
     judged = list(images.batches(preprocessing, batch_size=task.batch_size, stop=edge))
-    rest = (
-        list(images.batches(preprocessing, batch_size=task.batch_size, start=edge, stop=stop))
-        if task.calibrated
-        else []
-    )
+    rest = list(images.batches(preprocessing, batch_size=task.batch_size, start=edge)) if task.calibrated else []
     if not judged or (task.calibrated and not rest):
         raise DataError(
             f"calibration.data: {stop} images, {len(images.skipped)} of them unreadable, are too few to measure layers "

@@ -63,6 +63,18 @@ def test_calibrated_ranges_need_images(tiny_document: Document) -> None:
     assert "'mse' needs 'calibration: {data: ...}'; 'sigma' works without images" in told(document)
 
 
+def test_data_free_makes_its_own_images_and_takes_no_others(tiny_document: Document) -> None:
+    document = tiny_document(quantize__recipe="data_free")
+    assert told(document) == (
+        "job.yaml: 'spec': quantize.recipe 'data_free' makes images of its own: leave 'calibration' out, or say "
+        "'calibrated'."
+    )
+    del document["calibration"]
+    spec = parse_spec(document, where="job.yaml")
+    assert spec.quantize.activations is not None
+    assert (spec.quantize.recipe, spec.quantize.activations.observer) == ("data_free", "mse")
+
+
 def test_every_fault_is_told_at_once(tiny_document: Document) -> None:
     message = told(tiny_document(name="No Spaces", store__shard_bytes=1))
     assert len(message.splitlines()) == 2

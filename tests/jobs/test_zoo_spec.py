@@ -78,6 +78,13 @@ def test_an_entry_may_take_some_recipes_only() -> None:
     assert names(spec) == ["timm.test_vit.w8-4", "timm.test_vit.w8-6", "timm.test_vit2.w8-6"]
 
 
+def test_a_recipe_without_images_leaves_the_zoos_calibration_to_the_others() -> None:
+    recipes = {"images": {"recipe": "calibrated"}, "none": {"recipe": "data_free"}}
+    jobs = by_name(zoo(["timm/test_vit"], recipes=recipes, calibration={"data": "images.npz"}))
+    assert jobs["timm.test_vit.images"].spec.calibration is not None
+    assert jobs["timm.test_vit.none"].spec.calibration is None
+
+
 def test_pretrained_tags_stay_part_of_the_name() -> None:
     (job,) = expand(zoo(["timm/test_vit.r160_in1k"]), folder=Path())
     assert (job.spec.model.arch, job.spec.name) == ("test_vit.r160_in1k", "timm.test_vit.r160_in1k.w8-4")

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from storage.uri import open_store
 from workers import zoo
-from workers.checkpoint import check_fit, fetch, load_network, random_state, save_state, to_safetensors
+from workers.checkpoint import check_fit, fetch, load_network, random_state, save_state, stored_file, to_safetensors
 from workers.errors import CheckpointError, ModelError
 from workers.tensors import TensorReader, TensorSource
 
@@ -74,6 +75,16 @@ def test_a_file_of_another_kind_and_a_missing_one_are_said(tmp_path: Path) -> No
         fetch("/nowhere", tmp_path)
     with pytest.raises(CheckpointError, match="names a bucket; expected s3://bucket/path/to/file"):
         fetch("s3://bucket", tmp_path)
+
+
+def test_an_object_of_any_store_is_fetched(tmp_path: Path) -> None:
+    for uri in ("memory://fetched", (tmp_path / "store").as_uri()):
+        open_store(uri).put("jobs/a/images.npz", b"content", mode="create")
+        path = fetch(stored_file(uri, "jobs/a/images.npz"), tmp_path)
+        assert (path.name, path.read_bytes()) == ("images.npz", b"content")
+    odd = tmp_path / "a#b.npz"
+    odd.write_bytes(b"plain")
+    assert fetch(f"file://{odd}", tmp_path) == odd.resolve()
 
 
 @pytest.mark.parametrize(

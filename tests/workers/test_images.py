@@ -141,3 +141,16 @@ def test_the_digest_follows_content_and_count(pixels: np.ndarray, tmp_path: Path
     assert images.digest() == images.digest(4) != images.digest(3)
     np.savez(tmp_path / "set.npz", x=pixels[::-1])
     assert open_images(tmp_path / "set.npz").digest() != images.digest(3)
+
+
+def test_a_sample_is_spread_over_the_whole_set(pixels: np.ndarray, tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", x=np.concatenate([pixels] * 2), y=np.arange(8))
+    images = open_images(tmp_path / "set.npz")
+    few = images.sample(3)
+    assert (list(few.names), few.labels, len(few)) == (["x[0]", "x[2]", "x[5]"], [0, 2, 5], 3)
+    inputs, labels = next(few.batches(PLAIN, batch_size=8))
+    everyone, _ = next(images.batches(PLAIN, batch_size=8))
+    assert torch.equal(inputs, everyone[[0, 2, 5]])
+    assert labels.tolist() == [0, 2, 5]
+    assert images.sample(8) is images
+    assert images.sample(99) is images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,6 +51,24 @@ def solved(net: nn.Module) -> dict[str, QuantizedWeight]:
     return weights
 
 
+def first_inputs(net: nn.Module) -> dict[str, Tensor]:
+    """What each layer's first call gets, as the network runs on its own."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found.setdefault(name, args[0])
+
+        return hook
+
+    for name in LAYERS:
+        net.get_submodule(name).register_forward_pre_hook(note(name))
+    with torch.inference_mode():
+        net(IMAGES)
+    assert set(found) == set(LAYERS)
+    return found
+
+
 def test_each_lane_is_the_network_that_runs_its_level() -> None:
     weights = solved(network())
     lanes = Lanes(network(), LAYERS, 2)
@@ -68,15 +87,8 @@ def test_each_lane_is_the_network_that_runs_its_level() -> None:
         if level is not None:
             nest_model(reference, weights)
             set_level(reference, level)
-        inputs_of: dict[str, Tensor] = {}
-        for name in LAYERS:
-            reference.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: inputs_of.setdefault(name, args[0])
-            )
-        with torch.inference_mode():
-            reference(IMAGES)
-        for name in LAYERS:
-            assert torch.allclose(seen[name][lane], inputs_of[name], atol=1e-5), (name, lane)
+        for name, inputs in first_inputs(reference).items():
+            assert torch.allclose(seen[name][lane], inputs, atol=1e-5), (name, lane)
     assert not torch.allclose(seen["head"][0], seen["head"][1], atol=1e-3)
 
 

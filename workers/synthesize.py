@@ -1,0 +1,171 @@
+"""Images for users without any, and the network fitted to them: the recipe ``data_free`` on workers.
+
+Each chunk of images comes from a seed of its own, and so do the BatchNorm statistics that it leads to; chunks are added
+in their order. Any number of workers gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
+from nestquant.synthetic import synthetic_images
+from storage.errors import NotFound
+from storage.manifest import Digest, Record
+from storage.registry import Registry
+from storage.tensor_file import load_tensors, save_tensors
+from storage.uri import open_store
+from workers.checkpoint import load_network
+from workers.errors import DataError, WorkError
+from workers.tasks import TaskContext
+from workers.tensors import TensorSource
+from workers.threads import threads
+from workers.zoo import Preprocessing
+
+
+class SynthesizeTask(Record):
+    """Make one chunk of images, and take the network's BatchNorm statistics on them."""
+
+    context: TaskContext
+    library: str
+    arch: str
+    kwargs: dict[str, Any]
+    preprocessing: dict[str, Any]
+    samples: int
+    chunk: int
+
+
+class JoinTask(Record):
+    """Join the chunks to one image set and one network."""
+
+    context: TaskContext
+    library: str
+    arch: str
+    kwargs: dict[str, Any]
+    chunks: int
+
+
+class SyntheticRecord(Record):
+    """What a job made: keys in its store.
+
+    ``network`` is the checkpoint with its BatchNorm statistics taken on the images; None where it has none to take.
+    """
+
+    images: str
+    digest: Digest
+    samples: int
+    network: str | None
+    norms: int
+
+
+def synthetic_key(job: str, name: str) -> str:
+    """Return where something synthetic stands: ``jobs/<hex>/synthetic/<name>``."""
+    return f"jobs/{job.removeprefix('sha256:')}/synthetic/{name}"
+
+
+def find_synthetic(registry: Registry, job: str) -> SyntheticRecord | None:
+    """Return the record of an earlier run of the job, if what it made is still there."""
+    key = synthetic_key(job, "record.json")
+    try:
+        record = SyntheticRecord.model_validate_json(registry.store.get(key))
+    except NotFound:
+        return None
+    except ValidationError as error:
+        raise WorkError(
+            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and run the job again."
+        ) from error
+    there = [registry.store.exists(key) for key in (record.images, record.network) if key is not None]
+    return record if all(there) else None
+
+
+def synthesize(task: SynthesizeTask) -> int:
+    """Store a chunk: its images as ``x`` uint8 ``[N, S, S, C]``, and the sums of each BatchNorm's inputs; return N.
+
+    Raises:
+        DataError: the network takes images of neither one nor three channels.
+        WorkError: what goes into a BatchNorm is not finite; the message names it.
+    """
+    preprocessing = Preprocessing.from_record(task.preprocessing)
+    if len(preprocessing.mean) not in (1, 3):
+        raise DataError(f"recipe 'data_free': {len(preprocessing.mean)} channels; expected a network of 1 or 3.")
+    network = _network(task.context, task.library, task.arch, task.kwargs)
+    # One thread: how a sum is split over threads changes its last bit.
+    with threads(1):
+        images = synthetic_images(
+            task.samples, preprocessing.size, mean=preprocessing.mean, std=preprocessing.std, seed=task.chunk
+        )
+        try:
+            found = take_statistics(network, _normalised(images, preprocessing))
+        except ValueError as error:
+            raise WorkError(f"{task.arch}: {error}") from error
+    tensors: dict[str, Any] = {"x": images.numpy()}
+    for name, sums in found.items():
+        tensors |= {
+            f"count/{name}": np.array([sums.count]),
+            f"value/{name}": sums.value.numpy(),
+            f"square/{name}": sums.square.numpy(),
+        }
+    store = open_store(task.context.store_uri)
+    store.put(_chunk_key(task.context, task.chunk), save_tensors(tensors, {}), mode="overwrite")
+    return task.samples
+
+
+def join(task: JoinTask) -> SyntheticRecord:
+    """Write the image set and the fitted network, then the record that says so; the chunks are deleted."""
+    registry, job = Registry(open_store(task.context.store_uri)), task.context.job
+    keys = [_chunk_key(task.context, chunk) for chunk in range(task.chunks)]
+    chunks = [load_tensors(registry.store.get(key))[0] for key in keys]
+    stream, images = io.BytesIO(), np.concatenate([np.asarray(chunk["x"]) for chunk in chunks])
+    np.savez(stream, x=images)
+    content = stream.getvalue()
+    found = _merged(chunks)
+    if found:
+        network = _network(task.context, task.library, task.arch, task.kwargs)
+        put_statistics(network, found)
+        state = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
+        registry.store.put(synthetic_key(job, "network.safetensors"), save(state), mode="overwrite")
+    registry.store.put(synthetic_key(job, "images.npz"), content, mode="overwrite")
+    record = SyntheticRecord(
+        images=synthetic_key(job, "images.npz"),
+        digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
+        samples=len(images),
+        network=synthetic_key(job, "network.safetensors") if found else None,
+        norms=len(found),
+    )
+    registry.store.put(synthetic_key(job, "record.json"), record.model_dump_json().encode(), mode="overwrite")
+    for key in keys:
+        registry.store.delete(key)
+    return record
+
+
+def _merged(chunks: Sequence[Any]) -> dict[str, NormSums]:
+    names = [key.removeprefix("count/") for key in chunks[0] if key.startswith("count/")]
+    return {name: NormSums.merge([_sums(chunk, name) for chunk in chunks]) for name in names}
+
+
+def _sums(chunk: Any, name: str) -> NormSums:
+    value, square = (torch.from_numpy(chunk[f"{field}/{name}"].copy()) for field in ("value", "square"))
+    return NormSums(int(chunk[f"count/{name}"][0]), value, square)
+
+
+def _chunk_key(context: TaskContext, chunk: int) -> str:
+    return synthetic_key(context.job, f"chunk-{chunk:06d}.safetensors")
+
+
+def _network(context: TaskContext, library: str, arch: str, kwargs: dict[str, Any]) -> nn.Module:
+    return load_network(library, arch, kwargs, TensorSource(context.source_store, context.source_key))
+
+
+def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return float32 ``[N, C, S, S]``, as ``workers.images.to_input`` does for one image."""
+    mean, std = (torch.tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
