@@ -67,8 +67,18 @@ def to_safetensors(path: Path, folder: Path) -> Path:
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
-    """Write a state dict as safetensors; tensors that share memory are written once each."""
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, path)
+    """Write a state dict as safetensors; tensors that share memory are written once each.
+
+    Only those are copied for it: the format's library refuses to write one memory under two names.
+    """
+    seen: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own = tensor.detach().contiguous()
+        tensors[name] = own.clone() if memory in seen else own
+        seen.add(memory)
+    save_file(tensors, path)
     return path
 
 
