@@ -143,6 +143,10 @@ def load_network(library: str, arch: str, kwargs: dict[str, Any], source: Tensor
     """Build the float network and load its weights from a source, tensor by tensor."""
     network = zoo.build(library, arch, kwargs)
     reader = TensorReader(source)
-    names = check_fit(network, reader)
-    network.load_state_dict({name: reader.read(name) for name in names}, strict=False)
+    names = reader.in_file_order(check_fit(network, reader))
+    reader = reader.planned((name, None, None) for name in names)
+    state = network.state_dict()
+    with torch.no_grad():
+        for name in names:
+            state[name].copy_(reader.read(name))
     return network

@@ -133,6 +133,7 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
     qparams: dict[str, np.ndarray] = {}
     records = []
     bytes_read = 0
+    reader = reader.planned(_reads(piece) for piece in task.pieces)
     for piece in task.pieces:
         weight = read_piece(reader, piece)
         bytes_read += weight.numel() * weight.element_size()
@@ -160,6 +161,7 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
 
 
 def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Done:
+    reader = reader.planned((name, None, None) for name in task.parameters)
     tensors = {name: reader.read(name) for name in task.parameters}
     data = build_base({name: _as_numpy(tensor) for name, tensor in tensors.items()})
     descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
@@ -189,6 +191,13 @@ def read_piece(reader: TensorReader, piece: PieceTask) -> torch.Tensor:
         whole = channel_first(reader.read(piece.parameter), piece.kind, piece.groups)
         return whole[piece.start : piece.stop].to(torch.float32).contiguous()
     return reader.read_rows(piece.parameter, piece.start, piece.stop).to(torch.float32)
+
+
+def _reads(piece: PieceTask) -> tuple[str, int | None, int | None]:
+    """Return what `read_piece` reads, for `TensorReader.planned`."""
+    if piece.kind == "conv_transpose2d":
+        return piece.parameter, None, None
+    return piece.parameter, piece.start, piece.stop
 
 
 def _losses(piece: PieceTask, weight: torch.Tensor, quantized: QuantizedWeight) -> PieceRecord:
