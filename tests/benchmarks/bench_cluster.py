@@ -39,6 +39,7 @@ def main(wanted: list[str]) -> None:
     """Print the figures that are asked for."""
     sections: dict[str, Callable[[], None]] = {"tasks": tasks, "jobs": jobs, "workers": workers, "requests": requests}
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the driver, on a machine that others use too
     for name in wanted or sections:
         print(f"\n{name} (load average {os.getloadavg()[0]:.1f} before)", flush=True)
         sections[name]()

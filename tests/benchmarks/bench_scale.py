@@ -41,6 +41,7 @@ LOOK_S = 0.2
 def main(names: list[str]) -> None:
     """Print a line for each model and source of weights."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the driver, on a machine that others use too
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
