@@ -12,13 +12,15 @@ DATA ?=
 CALIBRATION ?=
 BITS ?= [8,4]
 
-.PHONY: demo test check lint test-slow test-gpu fuzz bench tables clean help
+.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival tables clean help
 
 help:
 	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
 	@echo "make test       lint, types, imports, tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       a minute of coverage-guided fuzzing"
+	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
+	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
 
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -55,6 +57,15 @@ bench: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.bench_rounding
 	$(BIN)/python -m tests.benchmarks.bench_packing
 	$(BIN)/python -m tests.benchmarks.bench_modules
+
+# Tasks, jobs, workers and requests: minutes. Growth with the model: half an hour, 12 GB of memory, 16 GB of disk.
+bench-cluster: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.bench_cluster
+	$(BIN)/python -m tests.benchmarks.bench_scale
+
+# A zoo on three nodes, killed twice: needs the test data (NESTQUANT_TEST_DATA); fails where a promise does not hold.
+zoo-survival: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.zoo_survival --write
 
 tables: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.accuracy_table

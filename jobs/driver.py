@@ -78,7 +78,8 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         network = outline(spec.model)
         calibration_digest = _check_images(spec, folder)
     with clock.stage("stage"):
-        staged = stage(spec.model, spec.preprocess, network, folder, None if executor.same_machine else registry)
+        kept_in = None if executor.same_machine else registry
+        staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
     with clock.stage("plan"):
         plan = _plan(spec, staged)
     executor.require(_largest_task_bytes(spec, staged, plan))

@@ -4,8 +4,6 @@ fit.
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,15 @@ from torch import nn
 
 from jobs.spec import ModelSpec, PreprocessSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
+from storage.digest import digest_file
 from storage.layout import blob_key
 from storage.registry import Registry
 from workers import zoo
-from workers.checkpoint import check_fit, fetch, pretrained_state, random_state, save_state, to_safetensors
+from workers.checkpoint import check_fit, fetch, to_safetensors
+from workers.errors import CheckpointError
+from workers.executor import Executor
 from workers.tensors import TensorInfo, TensorReader, TensorSource
+from workers.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.zoo import Preprocessing
 
 
@@ -48,27 +50,38 @@ def outline(spec: ModelSpec) -> nn.Module:
 
 
 def stage(
-    spec: ModelSpec, preprocess: PreprocessSpec, network: nn.Module, folder: Path, registry: Registry | None
+    spec: ModelSpec,
+    preprocess: PreprocessSpec,
+    network: nn.Module,
+    folder: Path,
+    *,
+    executor: Executor,
+    registry: Registry | None,
 ) -> Staged:
     """Make the weights readable, tensor by tensor, and scan the network.
+
+    No more than a tensor's header passes through this process, but for a pickled checkpoint that is converted.
 
     Args:
         spec: which network and weights.
         preprocess: what the spec says about inputs.
         network: its outline.
         folder: a scratch folder of this job.
+        executor: makes the weights that no checkpoint holds.
         registry: where to put the weights for workers on other machines; None where workers see this machine's files.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
     """
-    path = _weights(spec, folder)
-    source = TensorSource(None, str(path))
-    reader = TensorReader(source)
-    tensors = check_fit(network, reader)
-    digest = _file_digest(path)
-    if registry is not None:
-        source = TensorSource(registry.store.uri, _upload(registry, path))
+    if spec.checkpoint is None:
+        made = _made(spec, network, folder, executor, registry)
+        source, digest = made.source, made.digest
+        tensors = check_fit(network, TensorReader(source))
+    else:
+        path = to_safetensors(fetch(spec.checkpoint, folder), folder)
+        source = TensorSource(None, str(path))
+        tensors = check_fit(network, TensorReader(source))
+        digest, source = _kept(path, source, registry)
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
     order, notes = _order(spec, network, preprocessing)
     return Staged(
@@ -93,15 +106,37 @@ def resolve_preprocessing(library: str, network: nn.Module, spec: PreprocessSpec
     return Preprocessing.from_record(record | spec.model_dump(exclude_none=True))
 
 
-def _weights(spec: ModelSpec, folder: Path) -> Path:
-    if spec.checkpoint is not None:
-        return to_safetensors(fetch(spec.checkpoint, folder), folder)
-    if spec.pretrained:
-        return save_state(pretrained_state(spec.library, spec.arch, spec.kwargs), folder / "pretrained.safetensors")
-    assert spec.random_seed is not None
-    return save_state(
-        random_state(spec.library, spec.arch, spec.kwargs, spec.random_seed), folder / "random.safetensors"
+def _made(
+    spec: ModelSpec, network: nn.Module, folder: Path, executor: Executor, registry: Registry | None
+) -> MadeWeights:
+    """Let a worker make the library's pretrained weights, or random ones."""
+    task = WeightsTask(
+        library=spec.library,
+        arch=spec.arch,
+        kwargs=spec.kwargs,
+        random_seed=spec.random_seed,
+        folder=str(folder) if registry is None else None,
+        store_uri=None if registry is None else registry.store.uri,
     )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    executor.require(MADE_BYTES_PER_BYTE * size)
+    ((_, made),) = executor.map(make_weights, [task], memory_bytes=MADE_BYTES_PER_BYTE * size)
+    return made
+
+
+def _kept(path: Path, source: TensorSource, registry: Registry | None) -> tuple[str, TensorSource]:
+    """Return a checkpoint's digest, and where workers read it: in the store, where they do not see this machine's
+    files. There gc takes it away later, as no version names it.
+    """
+    before = path.stat()
+    digest = digest_file(path)
+    if registry is not None:
+        registry.put_file(path, digest=digest, media_type=MEDIA_TYPE_CHECKPOINT)
+        source = TensorSource(registry.store.uri, blob_key(digest))
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+        raise CheckpointError(f"{path.name} was written to while it was read; wait for its writer and run again.")
+    return digest, source
 
 
 def _order(
@@ -124,20 +159,3 @@ def _order(
         else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
     )
     return traced.names, notes
-
-
-def _upload(registry: Registry, path: Path) -> str:
-    """Put the weights into the store under their digest, for workers elsewhere; gc takes them away later, as no
-    version names them.
-    """
-    with (
-        path.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as view,
-    ):
-        return blob_key(registry.put_blob(view, "application/vnd.safetensors").digest)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

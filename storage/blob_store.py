@@ -18,6 +18,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from storage.errors import BadKey, NotFound, TooLarge
@@ -123,6 +124,13 @@ class BlobStore(ABC):
 
         Raises `NoSpace`.
         """
+
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        """Write a file's bytes as ``put`` with ``overwrite`` does.
+
+        A store that keeps objects outside this process holds no more than a part of them in memory.
+        """
+        return self.put(key, path.read_bytes(), mode="overwrite")
 
     @abstractmethod
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:

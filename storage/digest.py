@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 from storage.blob_store import Data
 from storage.errors import BadKey, Corrupt
@@ -17,6 +18,12 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 def digest_bytes(data: Data) -> str:
     """Return ``sha256:<64 hex>`` of the bytes."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def digest_file(path: Path) -> str:
+    """Return ``sha256:<64 hex>`` of a file, read block by block."""
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def digest_hex(digest: str) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from typing_extensions import override
 
@@ -95,7 +97,7 @@ class LocalStore(BlobStore):
 
     @override
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
-        with self._errors(key), self._written(key, data) as (temporary, path):
+        with self._errors(key), self._written(key, lambda file: file.write(data)) as (temporary, path):
             if mode == "overwrite":
                 with self._lock():
                     return self._replace(key, temporary, path)
@@ -114,8 +116,16 @@ class LocalStore(BlobStore):
             return _info(key, temporary.stat())
 
     @override
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        with path.open("rb") as source:
+            written = self._written(key, lambda file: shutil.copyfileobj(source, file, _PIECE_BYTES))
+            with self._errors(key), written as (temporary, final), self._lock():
+                return self._replace(key, temporary, final)
+
+    @override
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
-        with self._errors(key), self._written(key, data) as (temporary, path), self._lock():
+        written = self._written(key, lambda file: file.write(data))
+        with self._errors(key), written as (temporary, path), self._lock():
             seen = _info(key, path.stat()).etag if path.exists() else None
             if seen != etag:
                 raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
@@ -175,8 +185,8 @@ class LocalStore(BlobStore):
                     continue
 
     @contextmanager
-    def _written(self, key: str, data: Data) -> Iterator[tuple[Path, Path]]:
-        """Write ``data`` to a temporary file that is gone afterwards, whatever happens, and hand out both paths."""
+    def _written(self, key: str, write: Callable[[BinaryIO], object]) -> Iterator[tuple[Path, Path]]:
+        """Let ``write`` fill a temporary file that is gone afterwards, whatever happens, and hand out both paths."""
         path = self._path(key)
         if path.is_dir():
             raise BadKey(f"{key}: is a folder in {self.uri}; a key cannot be both", key=key)
@@ -185,7 +195,7 @@ class LocalStore(BlobStore):
         temporary = self._temporary / uuid.uuid4().hex
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary, path

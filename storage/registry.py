@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from storage import layout
@@ -122,6 +123,13 @@ class Registry:
         descriptor = Descriptor(digest=digest_bytes(data), size_bytes=len(data), media_type=media_type)
         if not self.has_blob(descriptor):
             self.store.put(layout.blob_key(descriptor.digest), data, mode="overwrite")
+        return descriptor
+
+    def put_file(self, path: Path, *, digest: str, media_type: str) -> Descriptor:
+        """Store a file whose digest (`storage.digest.digest_file`) is known, as `put_blob` does, block by block."""
+        descriptor = Descriptor(digest=digest, size_bytes=path.stat().st_size, media_type=media_type)
+        if not self.has_blob(descriptor):
+            self.store.put_file(layout.blob_key(digest), path)
         return descriptor
 
     def put_shard(self, shard: EncodedShard) -> ShardDescriptor:

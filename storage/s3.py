@@ -235,8 +235,22 @@ class S3Store(BlobStore):
             except PreconditionFailed as error:
                 raise AlreadyExists(f"{key}: already in {self.place}", key=key) from error
         if len(data) >= self.options.multipart_bytes:
-            return self._put_parts(key, data)
+            view = memoryview(data)
+            return self._put_parts(key, len(view), lambda start, stop: bytes(view[start:stop]))
         return self._put_whole(key, data, {})
+
+    @override
+    def put_file(self, key: str, path: Path) -> ObjectInfo:
+        size = path.stat().st_size
+        if size < self.options.multipart_bytes:
+            return self._put_whole(key, path.read_bytes(), {})
+        with path.open("rb") as file:
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            return self._put_parts(key, size, read)
 
     @override
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
@@ -256,17 +270,17 @@ class S3Store(BlobStore):
         with self._whole_answer("PUT", key):
             return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
 
-    def _put_parts(self, key: str, data: Data) -> ObjectInfo:
-        name, part_bytes = self._name(key), max(8 << 20, -(-len(data) // 10_000))
-        client, view = self.client, memoryview(data)
+    def _put_parts(self, key: str, size: int, read: Callable[[int, int], bytes]) -> ObjectInfo:
+        """Send ``size`` bytes part by part; ``read(start, stop)`` gives one."""
+        name, part_bytes, client = self._name(key), max(8 << 20, -(-size // 10_000)), self.client
         begun = self._guard("PUT", key, lambda: client.create_multipart_upload(Bucket=self.bucket, Key=name))
         with self._whole_answer("PUT", key):
             upload = begun["UploadId"]
 
         def send() -> None:
             parts: list[CompletedPartTypeDef] = []
-            for number, offset in enumerate(range(0, len(view), part_bytes), start=1):
-                part = bytes(view[offset : offset + part_bytes])
+            for number, start in enumerate(range(0, size, part_bytes), start=1):
+                part = read(start, min(size, start + part_bytes))
                 sent = client.upload_part(
                     Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=part, ContentMD5=_md5(part)
                 )

@@ -80,8 +80,18 @@ def to_safetensors(path: Path, folder: Path) -> Path:
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
-    """Write a state dict as safetensors; tensors that share memory are written once each."""
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, path)
+    """Write a state dict as safetensors; tensors that share memory are written once each.
+
+    Only those are copied for it: the format's library refuses to write one memory under two names.
+    """
+    seen: set[int] = set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        own = tensor.detach().contiguous()
+        tensors[name] = own.clone() if memory in seen else own
+        seen.add(memory)
+    save_file(tensors, path)
     return path
 
 
@@ -146,6 +156,10 @@ def load_network(library: str, arch: str, kwargs: dict[str, Any], source: Tensor
     """Build the float network and load its weights from a source, tensor by tensor."""
     network = zoo.build(library, arch, kwargs)
     reader = TensorReader(source)
-    names = check_fit(network, reader)
-    network.load_state_dict({name: reader.read(name) for name in names}, strict=False)
+    names = reader.in_file_order(check_fit(network, reader))
+    reader = reader.planned((name, None, None) for name in names)
+    state = network.state_dict()
+    with torch.no_grad():
+        for name in names:
+            state[name].copy_(reader.read(name))
     return network

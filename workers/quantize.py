@@ -134,6 +134,7 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
     qparams: dict[str, np.ndarray] = {}
     records = []
     bytes_read = 0
+    reader = reader.planned(_reads(piece) for piece in task.pieces)
     for piece in task.pieces:
         weight = read_piece(reader, piece)
         bytes_read += weight.numel() * weight.element_size()
@@ -162,6 +163,7 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
 
 
 def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Done:
+    reader = reader.planned((name, None, None) for name in task.parameters)
     tensors = {name: reader.read(name) for name in task.parameters}
     data = build_base({name: _as_numpy(tensor) for name, tensor in tensors.items()})
     descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
@@ -197,6 +199,13 @@ def _with_bytes(record: PieceRecord, shards: Sequence[EncodedShard]) -> PieceRec
     keys = [piece_key(record.layer, record.start, record.stop, level) for level in range(len(record.noise))]
     sizes = tuple(shard.payload_bytes[key] for key, shard in zip(keys, shards, strict=False))
     return record.model_copy(update={"level_bytes": sizes})
+
+
+def _reads(piece: PieceTask) -> tuple[str, int | None, int | None]:
+    """Return what `read_piece` reads, for `TensorReader.planned`."""
+    if piece.kind == "conv_transpose2d":
+        return piece.parameter, None, None
+    return piece.parameter, piece.start, piece.stop
 
 
 def losses(piece: PieceTask, weight: torch.Tensor, quantized: QuantizedWeight) -> PieceRecord:

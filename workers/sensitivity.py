@@ -47,9 +47,9 @@ from workers.zoo import Preprocessing
 class SensitivityTask(Record):
     """Measure one layer at each of ``candidates``: the bits of its levels, the last of which it runs at.
 
-    Damage is measured on ``samples`` of the set's ``stop`` images, or on noise where ``data`` is None. With ``calibrated``
-    the layer's integers follow from its inputs on the others: on the images that chose them they would look better than
-    they are. A set too small for both is halved.
+    Damage is measured on ``samples`` of the set's ``stop`` images, or on noise where ``data`` is None. With
+    ``calibrated`` the layer's integers follow from its inputs on the others: on the images that chose them they would
+    look better than they are. A set too small for both is halved.
     """
 
     context: TaskContext

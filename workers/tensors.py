@@ -6,11 +6,12 @@ the data.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,10 @@ from storage.uri import open_store
 from workers.errors import CheckpointError
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap
+# A request to a store costs some 10 to 50 ms, in which a worker's link moves a few hundred kB: smaller gaps are read
+# along, and no merged read grows beyond MERGED_BYTES, but a tensor may.
+GAP_BYTES = 64 * 1024
+MERGED_BYTES = 8 << 20
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -82,8 +87,48 @@ class _Stored:
         return self.store.get_range(self.key, start, length) if length else b""
 
 
+class _Extent:
+    """Planned reads that lie close together: ``first:last`` in the file, read at once and held until all are served."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.last = first, first
+        self.waiting = 0
+        self.data: bytes | None = None
+
+    def add(self, start: int, length: int) -> None:
+        self.last = max(self.last, start + length)
+        self.waiting += 1
+
+
+class _Merged:
+    """Answers the reads that were planned from fewer, longer ones; others go through as they are."""
+
+    def __init__(self, ranges: _Ranges, planned: Iterable[tuple[int, int]]) -> None:
+        self.ranges = ranges
+        self.extents: dict[tuple[int, int], _Extent] = {}
+        extent: _Extent | None = None
+        for start, length in sorted(planned):
+            stop = start + length
+            if extent is None or start > extent.last + GAP_BYTES or stop > extent.first + MERGED_BYTES:
+                extent = _Extent(start)
+            extent.add(start, length)
+            self.extents[start, length] = extent
+
+    def read(self, start: int, length: int) -> bytes:
+        extent = self.extents.get((start, length))
+        if extent is None or length == extent.last - extent.first or not extent.waiting:
+            return self.ranges.read(start, length)
+        if extent.data is None:
+            extent.data = self.ranges.read(extent.first, extent.last - extent.first)
+        found = extent.data[start - extent.first : start - extent.first + length]
+        extent.waiting -= 1
+        if not extent.waiting:
+            extent.data = None
+        return found
+
+
 class TensorReader:
-    """Reads the header once, then each tensor with one ranged read."""
+    """Reads the header once, then each tensor with one ranged read, or several with one (``planned``)."""
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
@@ -137,8 +182,26 @@ class TensorReader:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return rows ``start:stop`` along axis 0: only their bytes are read."""
         info = self.tensors[name]
+        return self._tensor(info, (stop - start, *info.shape[1:]), *self._span(name, start, stop), name)
+
+    def planned(self, reads: Iterable[tuple[str, int | None, int | None]]) -> TensorReader:
+        """Return a reader for these reads to come, of ``(name, start row, stop row)`` or ``(name, None, None)`` for a
+        whole tensor: neighbours in the file come with one request, and are held until each was read once.
+        """
+        reader = copy.copy(self)
+        reader._ranges = _Merged(self._ranges, (self._span(*read) for read in reads))
+        return reader
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Return the names in the order in which their tensors lie in the file."""
+        return sorted(names, key=lambda name: self.tensors[name].start)
+
+    def _span(self, name: str, start: int | None, stop: int | None) -> tuple[int, int]:
+        info = self.tensors[name]
+        if start is None or stop is None:
+            return info.start, info.size_bytes
         row = info.size_bytes // info.shape[0]
-        return self._tensor(info, (stop - start, *info.shape[1:]), info.start + start * row, (stop - start) * row, name)
+        return info.start + start * row, (stop - start) * row
 
     def _tensor(self, info: TensorInfo, shape: tuple[int, ...], start: int, size: int, name: str) -> torch.Tensor:
         data = self._ranges.read(start, size)

@@ -129,3 +129,18 @@ def test_a_poisoned_layer_fails_the_job_with_its_name_and_keeps_the_others(
     assert "_store_group" in str(caught.value.__cause__)  # the worker's traceback
     assert len(list((tmp_path / "store").glob("jobs/*/units/*.json"))) > 3
     assert not (tmp_path / "store" / "models").exists()
+
+
+def test_weights_that_a_worker_makes_are_those_of_one_process(tmp_path: Path) -> None:
+    def job(store: str) -> Any:
+        document = {
+            "name": "made",
+            "model": {"library": "timm", "arch": "test_resnet", "random_seed": 5},
+            "store": {"uri": str(tmp_path / store), "shard_bytes": 65536},
+        }
+        return parse_spec(document, where="test")
+
+    with RayExecutor(RaySettings()) as executor:
+        spread = run_job(job("ray"), executor)
+    assert spread.digest == run_job(job("alone"), InProcessExecutor()).digest
+    assert spread.work.reused == 0

@@ -1,23 +1,91 @@
-"""What is found out about a network before any of its weights is read."""
+"""What is found out about a network before any of its weights is read, and where its weights are brought."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import pytest
+from typing_extensions import override
 
 from jobs.spec import ModelSpec, PreprocessSpec
 from jobs.stage import outline, resolve_preprocessing, stage
+from storage.memory import MemoryStore
+from storage.registry import Registry
+from tests.storage.wrappers import Step, WatchedStore
 from workers.checkpoint import random_state, save_state
+from workers.errors import CheckpointError
+from workers.executor import InProcessExecutor
+from workers.tensors import TensorReader
+from workers.weights import make_weights
+
+KWARGS = {"num_classes": 10, "in_chans": 1}
+GREY = PreprocessSpec(size=32, mean=(0.5,), std=(0.5,))
+
+
+class Recording(InProcessExecutor):
+    """Keeps what it was asked to run, and with how much memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[object, int]] = []
+
+    @override
+    def map(
+        self, function: Callable[[Any], Any], items: Sequence[Any], *, memory_bytes: int = 0
+    ) -> Iterator[tuple[int, Any]]:
+        self.asked.append((function, memory_bytes))
+        return super().map(function, items, memory_bytes=memory_bytes)
 
 
 def test_a_grey_network_is_traced_at_the_size_that_the_spec_says(tmp_path: Path) -> None:
-    kwargs = {"num_classes": 10, "in_chans": 1}
-    weights = save_state(random_state("timm", "test_resnet", kwargs, seed=0), tmp_path / "w.safetensors")
-    spec = ModelSpec(library="timm", arch="test_resnet", kwargs=kwargs, checkpoint=str(weights))
-    staged = stage(spec, PreprocessSpec(size=32, mean=(0.5,), std=(0.5,)), outline(spec), tmp_path, None)
+    weights = save_state(random_state("timm", "test_resnet", KWARGS, seed=0), tmp_path / "w.safetensors")
+    spec = ModelSpec(library="timm", arch="test_resnet", kwargs=KWARGS, checkpoint=str(weights))
+    staged = stage(spec, GREY, outline(spec), tmp_path, executor=InProcessExecutor(), registry=None)
     assert staged.notes == ()
     assert staged.order[0] == "conv1.0"
     assert staged.order[-1] == "fc"
     assert len(staged.order) == len(staged.scan.layers)
+
+
+@pytest.mark.parametrize("in_store", [True, False])
+def test_random_weights_are_made_by_a_worker_and_are_the_same_bytes_everywhere(tmp_path: Path, in_store: bool) -> None:
+    spec = ModelSpec(library="timm", arch="test_resnet", kwargs=KWARGS, random_seed=3)
+    registry = Registry(MemoryStore.named(f"staged-{tmp_path.name}")) if in_store else None
+    executor = Recording()
+    staged = stage(spec, GREY, outline(spec), tmp_path, executor=executor, registry=registry)
+
+    path = save_state(random_state("timm", "test_resnet", KWARGS, seed=3), tmp_path / "expected.safetensors")
+    raw = path.read_bytes()
+    assert staged.source_digest == f"sha256:{hashlib.sha256(raw).hexdigest()}"
+    if registry is not None:
+        assert staged.source.store == registry.store.uri
+        assert registry.store.get(staged.source.key) == raw
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["expected.safetensors"]
+    else:
+        assert staged.source.store is None
+        assert Path(staged.source.key).read_bytes() == raw
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["expected.safetensors", "weights.safetensors"]
+    tensors = TensorReader(staged.source).tensors
+    assert executor.asked == [(make_weights, 2 * sum(info.size_bytes for info in tensors.values()))]
+
+
+def test_a_checkpoint_that_changes_while_it_is_staged_is_refused(tmp_path: Path) -> None:
+    weights = save_state(random_state("timm", "test_resnet", KWARGS, seed=0), tmp_path / "w.safetensors")
+    spec = ModelSpec(library="timm", arch="test_resnet", kwargs=KWARGS, checkpoint=str(weights))
+
+    class Meddling(WatchedStore):
+        @override
+        def before(self, index: int, step: Step) -> None:
+            if step.operation == "put":
+                with weights.open("ab") as stream:
+                    stream.write(b"more")
+
+    registry = Registry(Meddling(MemoryStore("meddled")))
+    with pytest.raises(CheckpointError, match=r"w\.safetensors was written to while it was read; wait for its writer"):
+        stage(spec, GREY, outline(spec), tmp_path, executor=InProcessExecutor(), registry=registry)
 
 
 def test_preprocessing_is_the_librarys_with_the_specs_on_top() -> None:

@@ -172,6 +172,47 @@ def test_accuracy_against_bytes_has_two_points_a_version(page: Chrome) -> None:
     )
 
 
+def words_in_plot(page: Chrome) -> list[tuple[str, float, float]]:
+    """The words of the picture and where each begins and ends, in pixels from its left edge."""
+    found: list[tuple[str, float, float]] = page.execute_script(
+        "return [...document.querySelectorAll('#plot text')].map(text => {"
+        "const box = text.getBBox(); return [text.textContent, box.x, box.x + box.width]; })"
+    )
+    return found
+
+
+def test_points_have_names_and_no_word_is_cut(page: Chrome) -> None:
+    ends = {"middle", "best", "worst"}
+    words = words_in_plot(page)
+    width = float(page.find_element(By.CSS_SELECTOR, "#plot svg").get_attribute("width") or "")
+    assert ends <= {text for text, _, _ in words}
+    assert [text for text, _, _ in words if text.endswith(" MB")] == ["1 MB", "2 MB", "5 MB", "10 MB", "20 MB", "50 MB"]
+    assert all(begin >= 0 and end <= width for _, begin, end in words)
+
+
+def test_two_recipes_of_a_model_share_one_name(browser: Chrome, tmp_path: Path) -> None:
+    path = tmp_path / "twins.html"
+    twins = [row("twin", top1=60.0, high=2_000_000), row("twin", top1=60.5, high=2_000_000)]
+    path.write_text(render("twins", twins), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert [text for text, _, _ in words_in_plot(browser)].count("twin") == 1
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#plot circle")) == 4
+
+
+def test_the_table_says_where_the_weights_are_from(browser: Chrome, tmp_path: Path) -> None:
+    path = tmp_path / "weights.html"
+    file = row("file", top1=60.0).model_copy(update={"revision": f"sha256:{'ab' * 32}"})
+    seed = row("seed", top1=60.0).model_copy(update={"revision": "timm 1.0.31 random_seed 0"})
+    path.write_text(render("weights", [file, seed]), encoding="utf-8")
+    browser.get(path.as_uri())
+    place = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#results thead button")].index(
+        "weights from"
+    )
+    lines = browser.find_elements(By.CSS_SELECTOR, "#results tbody tr")
+    told = [line.find_elements(By.CSS_SELECTOR, "th, td")[place].text for line in lines]
+    assert told == ["sha256:abababab…", "timm 1.0.31 random_seed 0"]
+
+
 def test_layers_show_what_each_loses_and_follow_the_chosen_version(page: Chrome) -> None:
     choice = Select(page.find_element(By.ID, "version"))
     assert [option.text for option in choice.options] == ["middle · w8-4", "best · w8-4", "worst · w8-4"]
@@ -236,6 +277,7 @@ def test_a_narrow_screen_scrolls_the_table_alone_and_keeps_text_readable(page: C
         assert page.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", table)
         for picture in page.find_elements(By.CSS_SELECTOR, "svg"):
             drawn = page.execute_script("return arguments[0].getBoundingClientRect().width", picture)
+            assert all(begin >= 0 and end <= drawn for _, begin, end in words_in_plot(page))
             assert 300 < drawn <= 360
             assert drawn == float(picture.get_attribute("width") or "")  # so 12 px of text are 12 px
         name = page.find_elements(By.CSS_SELECTOR, "#layers text.name")[1].text

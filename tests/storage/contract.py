@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,15 @@ class ReadWriteContract:
     def test_takes_any_bytes(self, store: BlobStore, make: type) -> None:
         store.put("blobs/kind", make(b"abc"), mode="overwrite")
         assert store.get("blobs/kind") == b"abc"
+
+    @pytest.mark.parametrize("size", [0, 5, len(BIG)])
+    def test_a_file_is_stored_as_its_bytes_are(self, store: BlobStore, size: int, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(BIG[:size])
+        store.put("blobs/file", b"before", mode="overwrite")
+        written = store.put_file("blobs/file", tmp_path / "file")
+        assert (written.key, written.size_bytes) == ("blobs/file", size)
+        assert store.get("blobs/file") == BIG[:size]
+        assert store.head("blobs/file").etag == written.etag
 
     def test_overwrite_replaces_and_changes_the_etag(self, store: BlobStore) -> None:
         first = store.put("k", b"one", mode="overwrite")
@@ -139,6 +149,7 @@ class ReadWriteContract:
             lambda: list(store.stream(key)),
             lambda: store.put(key, b"x", mode="overwrite"),
             lambda: store.put(key, b"x", mode="create"),
+            lambda: store.put_file(key, Path(__file__)),
             lambda: store.put_if_match(key, b"x", etag="e"),
             lambda: store.delete(key),
         ):

@@ -108,8 +108,8 @@ class TestMoto(SwapContract):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         open_store(store.uri).put("k", b"x", mode="create")
 
-    def test_multipart(self, moto_s3: S3Server) -> None:
-        _check_multipart(open_store(moto_s3.uri(multipart_bytes=1 << 20)))
+    def test_multipart(self, moto_s3: S3Server, tmp_path: Path) -> None:
+        _check_multipart(open_store(moto_s3.uri(multipart_bytes=1 << 20)), tmp_path)
 
 
 class TestCeph(StoreContract):
@@ -117,8 +117,8 @@ class TestCeph(StoreContract):
     def store(self, ceph_s3: S3Server) -> BlobStore:
         return open_store(ceph_s3.uri())
 
-    def test_multipart(self, ceph_s3: S3Server) -> None:
-        _check_multipart(open_store(ceph_s3.uri(multipart_bytes=1 << 20)))
+    def test_multipart(self, ceph_s3: S3Server, tmp_path: Path) -> None:
+        _check_multipart(open_store(ceph_s3.uri(multipart_bytes=1 << 20)), tmp_path)
 
     def test_known_failure_swap_is_refused_even_where_it_matches(self, store: BlobStore) -> None:
         etag = store.put("k", b"one", mode="overwrite").etag
@@ -160,13 +160,17 @@ class TestRclone(ReadWriteContract):
         assert (race_swap(store).holds, race_swap(store).detail) == (False, "8 of 8 writers won")
 
 
-def _check_multipart(store: BlobStore) -> None:
+def _check_multipart(store: BlobStore, folder: Path) -> None:
     assert isinstance(store, S3Store)
     data = BIG * 8  # 20 MiB in parts of 8 MiB
     written = store.put("big", data, mode="overwrite")
     assert written.etag.endswith("-3")
     assert store.head("big").etag == written.etag
     assert store.get("big") == data
+    (folder / "big").write_bytes(data)
+    from_file = store.put_file("file", folder / "big")
+    assert from_file.etag == written.etag
+    assert store.get("file") == data
 
 
 def test_download_of_the_object_that_a_uri_names(moto_s3: S3Server, tmp_path: Path) -> None:

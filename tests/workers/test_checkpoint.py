@@ -53,6 +53,15 @@ def test_the_same_state_gives_the_same_bytes(state: dict[str, torch.Tensor], tmp
     assert save_state(dict(reversed(state.items())), tmp_path / "b.safetensors").read_bytes() == first
 
 
+def test_what_shares_memory_is_written_under_each_of_its_names(tmp_path: Path) -> None:
+    memory = torch.arange(12.0)
+    tied = {"a": memory, "again": memory, "rows": memory[4:8], "turned": memory.reshape(3, 4).T}
+    reader = TensorReader(TensorSource(None, str(save_state(tied, tmp_path / "tied.safetensors"))))
+    assert {name: reader.read(name).tolist() for name in reader.tensors} == {
+        name: tensor.tolist() for name, tensor in tied.items()
+    }
+
+
 def test_missing_unexpected_and_wrong_are_listed(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     broken = dict(state)
     broken["conv1.0.weigth"] = broken.pop("conv1.0.weight")

@@ -1,0 +1,76 @@
+"""Weights that a library makes: its pretrained ones, or random ones from a seed, made where the work is done.
+
+A network of a billion weights is 4 GB in memory while it is made; the driver sees the file's name and digest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from storage.digest import digest_file
+from storage.layout import blob_key
+from storage.manifest import Digest, Record
+from storage.registry import Registry
+from storage.uri import open_store
+from workers.checkpoint import pretrained_state, random_state, save_state
+from workers.tensors import TensorSource
+
+MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
+MADE_BYTES_PER_BYTE = 2
+"""Peak bytes in memory for each byte of the file: the network, and the downloaded state dict or a tensor's scratch."""
+
+
+class WeightsTask(Record):
+    """Make the float weights of a network.
+
+    ``random_seed`` None stands for the library's pretrained ones. The file goes into ``folder``, which the driver sees
+    too, or into the store at ``store_uri``.
+    """
+
+    library: Literal["timm", "pytorchcv"]
+    arch: str
+    kwargs: dict[str, object]
+    random_seed: int | None
+    folder: str | None
+    store_uri: str | None
+
+
+class MadeWeights(Record):
+    """Where the file lies (as in `workers.tensors.TensorSource`), and its digest."""
+
+    source_store: str | None
+    source_key: str
+    digest: Digest
+
+    @property
+    def source(self) -> TensorSource:
+        """Return where workers read the tensors."""
+        return TensorSource(self.source_store, self.source_key)
+
+
+def make_weights(task: WeightsTask) -> MadeWeights:
+    """Make the weights and keep them as one safetensors file; safe to run twice, also at once.
+
+    Raises:
+        ModelError: unknown name or arguments, or no pretrained weights to be had.
+        storage.StorageError: the store refused.
+    """
+    kwargs = dict(task.kwargs)
+    with tempfile.TemporaryDirectory(prefix="nestquant-weights-", dir=task.folder) as scratch:
+        state = (
+            pretrained_state(task.library, task.arch, kwargs)
+            if task.random_seed is None
+            else random_state(task.library, task.arch, kwargs, task.random_seed)
+        )
+        path = save_state(state, Path(scratch) / "weights.safetensors")
+        del state
+        digest = digest_file(path)
+        if task.store_uri is None:
+            assert task.folder is not None
+            final = path.replace(Path(task.folder) / "weights.safetensors")
+            return MadeWeights(source_store=None, source_key=str(final), digest=digest)
+        registry = Registry(open_store(task.store_uri))
+        registry.put_file(path, digest=digest, media_type=MEDIA_TYPE_CHECKPOINT)
+        return MadeWeights(source_store=registry.store.uri, source_key=blob_key(digest), digest=digest)
