@@ -40,7 +40,7 @@ RESULTS = ROOT / "docs" / "results" / "accuracy.json"
 BITS = ((8, 7), (8, 6), (8, 5), (8, 4), (8, 3), (6, 4), (8, 6, 4))
 RECIPES = ("paper", "data_free", "calibrated")
 SAMPLES = 256  # for activation ranges
-CALIBRATED_SAMPLES = 512  # where integers rest on images too
+CALIBRATED_SAMPLES = 1000  # where integers rest on images too
 OBSERVER = "percentile"  # by --observers: docs/results/observers.md
 OBSERVERS = ("minmax", "percentile", "mse")
 
