@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 
 from jobs.driver import run_job
 from jobs.errors import SpecError
+from jobs.events import Event
 from jobs.result import JobResult
 from jobs.spec import parse_spec
 from storage.device import Device, StoreSource
@@ -113,6 +118,68 @@ def test_a_job_killed_between_layers_goes_on_where_it_stopped(
     assert not set(again) & set(solved)
     assert len(again) + len(solved) == len(result.layers)
     assert result.digest == undisturbed.digest
+
+
+def members() -> list[int]:
+    """Return the processes of the session's own Ray that are members of a gang."""
+
+    def parent(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            named = (folder / "cmdline").read_bytes().startswith(b"ray::_Member")
+            if named and parent(parent(int(folder.name))) == os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_lost_member_costs_no_solved_layer_and_changes_no_byte(
+    tiny_document: Document, tmp_path: Path, ray_cluster: None
+) -> None:
+    undisturbed = local(tiny_document(quantize=QUANTIZE, store__uri=str(tmp_path / "undisturbed")))
+    killed: list[int] = []
+
+    def listen(event: Event) -> None:
+        if event.stage == "reconstruct" and event.done == 5 and not killed:
+            killed.extend(members()[-1:])
+            os.kill(killed[0], signal.SIGKILL)
+
+    with RayExecutor(RaySettings()) as executor:
+        result = run_job(parse_spec(tiny_document(quantize=QUANTIZE), where="test"), executor, listen)
+    assert len(killed) == 1
+    assert result.digest == undisturbed.digest
+
+
+def test_a_gang_takes_what_there_is_and_leaves_nothing(ray_cluster: None) -> None:
+    with RayExecutor(RaySettings()) as executor:
+        with executor.gang(Multiples, [2, 3], memory_bytes=1000) as gang:
+            assert gang.each("times", 10) == [20, 30]
+            assert gang.reduce("total", 1, over="times", calls=[(1, (5,)), (0, (7,))]) == [1, 15, 14]
+            with pytest.raises(ValueError, match="no multiple of 0"):
+                gang.each("times", 0)
+        assert dict(executor.map(math.factorial, range(3))) == {0: 1, 1: 1, 2: 2}  # the CPUs are free again
+    with InProcessExecutor().gang(Multiples, [2, 3]) as here:
+        assert here.reduce("total", 1, over="times", calls=[(1, (5,)), (0, (7,))]) == [1, 15, 14]
+
+
+class Multiples:
+    """A member that knows one number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def times(self, factor: int) -> int:
+        if not factor:
+            raise ValueError("no multiple of 0")
+        return self.number * factor
+
+    def total(self, first: int, results: Iterator[int]) -> list[int]:
+        return [first, *results]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def test_the_recipe_needs_images(tiny_document: Document) -> None:
