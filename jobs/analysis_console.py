@@ -9,16 +9,21 @@ from jobs.commands.options import console as new_console
 from jobs.commands.options import size
 from jobs.result import LayerQuality
 
+_NAME_WIDTH = 48
+
 
 def print_analysis(analysis: Analysis) -> None:
     """Print a row for each layer and width, and what the figures rest on."""
     out = new_console()
     version = "" if analysis.version is None else f" version {analysis.version}"
     title = f"{analysis.name}{version}: {analysis.library} {analysis.arch}"
-    table = Table("layer", "bits", title=title, caption=_caption(analysis), caption_justify="left")
-    for name in ("weights", "SQNR dB, part to full", "flips %, part to full", "bytes by level", "KL nats", "same %"):
+    table = Table(title=title, caption=_caption(analysis), caption_justify="left")
+    # The end of a name tells layers apart: it is folded where it must be, never cut.
+    longest = max((len(layer.name) for layer in analysis.layers), default=0)
+    table.add_column("layer", overflow="fold", min_width=min(longest, _NAME_WIDTH))
+    table.add_column("bits")
+    for name in ("weights", "SQNR dB", "flips %", "bytes", "KL nats", "same %", "top-1 lost"):
         table.add_column(name, justify="right")
-    table.add_column("top-1 lost", justify="right")
     for layer in analysis.layers:
         table.add_row(*_cells(layer))
     out.print(table)
@@ -44,8 +49,13 @@ def _cells(layer: LayerQuality) -> tuple[str, ...]:
 
 
 def _caption(analysis: Analysis) -> str:
+    order = "SQNR, flips and bytes: part-bit first, full-bit last"
+    if analysis.version is None:
+        order += "; bytes of a high shard that holds the layer alone"
     measured = [layer.damage for layer in analysis.layers if layer.damage is not None]
     if not measured:
-        return "KL, same answers and top-1 were not measured: 'analysis' in the spec does, or 'nestquant analyze SPEC'."
-    source = "images of noise" if measured[0].noise else "calibration images"
-    return f"KL, same answers and top-1 with the layer alone part-bit, on {measured[0].images} {source}."
+        told = "KL, same answers and top-1 were not measured: 'analysis' in the spec does, or 'nestquant analyze SPEC'."
+    else:
+        source = "images of noise" if measured[0].noise else "calibration images"
+        told = f"KL, same answers and top-1: the layer alone part-bit, on {measured[0].images} {source}."
+    return f"{order}.\n{told}"

@@ -170,7 +170,7 @@ def _check(figures: Sequence[Integers], limit: int, key: str, wanted: float, tol
     if least > limit:
         raise PlanError(
             f"quantize.mixed.{key}: {wanted:g} cannot be met: the smallest possible here is {told(least)}. "
-            "Ask for more, or allow narrower quantize.mixed.choices."
+            f"Ask for more, or allow {'wider' if key == 'max_drop' else 'narrower'} quantize.mixed.choices."
         )
 
 
