@@ -208,7 +208,7 @@ def plan_document(prepared: Prepared) -> dict[str, Any]:
         "shard_groups": len(plan.groups),
         "base_blobs": len(plan.base),
         "tasks": len(plan.tasks),
-        "task_bytes": plan.task_bytes,
+        "memory_bytes": {stage: need.memory_bytes for stage, need in prepared.needs.items()},
     }
 
 
@@ -234,5 +234,7 @@ def print_plan(prepared: Prepared) -> None:
     console.print(
         f"{plan.weights:,} weights in {len(plan.layers)} layers -> "
         f"{len(plan.groups)} shard groups and {len(plan.base)} base blobs in "
-        f"{len(plan.tasks)} tasks of at most {size(plan.task_bytes)}; job {prepared.job}"
+        f"{len(plan.tasks)} tasks; job {prepared.job}"
     )
+    needs = ", ".join(f"{stage} {size(need.memory_bytes)}" for stage, need in prepared.needs.items())
+    console.print(f"memory of a task, at most: {needs}")

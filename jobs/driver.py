@@ -10,15 +10,16 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.calibration import Calibrated, calibrate
 from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
+from jobs.memory import task_needs
 from jobs.plan import Plan, make_plan
-from jobs.reconstruction import Reconstructed, moments_bytes, reconstruct
+from jobs.reconstruction import Reconstructed, reconstruct
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
 from jobs.signing import load_keys
 from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
@@ -31,6 +32,7 @@ from storage.registry import Published, Registry
 from storage.signing import sign
 from storage.uri import open_store
 from workers.checkpoint import fetch
+from workers.errors import Need
 from workers.executor import Executor
 from workers.images import open_images
 from workers.measure import Measured
@@ -49,6 +51,7 @@ class Prepared:
     staged: Staged
     plan: Plan
     calibration_digest: str | None
+    needs: Mapping[str, Need]
     job: str
 
     @property
@@ -71,7 +74,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         registry = Registry(open_store(spec.store.uri))
         _check_store(registry, single_writer=spec.store.single_writer)
         network = outline(spec.model)
-        calibration_digest = _check_images(spec, folder)
+        calibration_digest, image_bytes = _check_images(spec, folder)
     with clock.stage("stage"):
         staged = stage(spec.model, spec.preprocess, network, folder, None if executor.same_machine else registry)
     with clock.stage("plan"):
@@ -81,9 +84,10 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
             staged.order,
             {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()},
         )
-    executor.require(max(plan.task_bytes, *(moments_bytes(layer) for layer in plan.solved_layers), 0))
+    needs = task_needs(spec, staged, plan, image_bytes=image_bytes)
+    executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
-    return Prepared(registry, staged, plan, calibration_digest, job)
+    return Prepared(registry, staged, plan, calibration_digest, needs, job)
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
     registry, staged, plan = prepared.registry, prepared.staged, prepared.plan
     gate = spec.evaluate if spec.evaluate is not None and spec.evaluate.has_gate else None
     with clock.stage("calibrate"):
-        digest, progress = prepared.calibration_digest, clock.progress("calibrate")
-        calibrated = calibrate(spec, staged, plan, executor, digest=digest, on_done=progress)
+        calibrated = _calibrate(spec, prepared, executor, clock)
     reconstructed = Reconstructed()
     if plan.solved_layers:
         with clock.stage("reconstruct"):
@@ -135,6 +138,7 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
     with clock.stage("publish"):
         draft = _manifest(spec, prepared, calibrated, reconstructed, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
+        executor.tell(published)
         if gate is None:
             _tag(registry, published, spec.store)
     with clock.stage("pull"):
@@ -145,7 +149,8 @@ def _carry_out(spec: JobSpec, prepared: Prepared, executor: Executor, folder: Pa
         with clock.stage("evaluate"):
             here = cache if executor.same_machine else None
             tasks = measure_tasks(spec, spec.evaluate, staged, manifest, store_uri=registry.store.uri, cache=here)
-            measured = evaluate(tasks, executor, clock.progress("evaluate"))
+            memory = prepared.needs["evaluate"].memory_bytes
+            measured = evaluate(tasks, executor, clock.progress("evaluate"), memory_bytes=memory)
     fault = None if gate is None else gate_fault(gate, measured)
     if gate is not None and fault is None:
         _tag(registry, published, spec.store)
@@ -161,17 +166,33 @@ def _check_store(registry: Registry, *, single_writer: bool) -> None:
         )
 
 
-def _check_images(spec: JobSpec, folder: Path) -> str | None:
+def _check_images(spec: JobSpec, folder: Path) -> tuple[str | None, int]:
     """Open every image set named in the spec, so that a wrong path costs no work; return the calibration set's
-    digest.
+    digest, and what the largest set keeps in memory.
     """
+    resident_bytes = 0
     if spec.evaluate is not None:
         images = open_images(fetch(spec.evaluate.data, folder))
         images.require_labels()
+        resident_bytes = images.resident_bytes
     if spec.calibration is None:
-        return None
+        return None, resident_bytes
     images = open_images(fetch(spec.calibration.data, folder))
-    return images.digest(min(spec.calibration.samples, len(images)))
+    digest = images.digest(min(spec.calibration.samples, len(images)))
+    return digest, max(resident_bytes, images.resident_bytes)
+
+
+def _calibrate(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Calibrated:
+    need = prepared.needs.get("calibrate")
+    return calibrate(
+        spec,
+        prepared.staged,
+        prepared.plan,
+        executor,
+        digest=prepared.calibration_digest,
+        memory_bytes=0 if need is None else need.memory_bytes,
+        on_done=clock.progress("calibrate"),
+    )
 
 
 def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Reconstructed:
@@ -192,7 +213,7 @@ def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list
     bundles = [Bundle(context=prepared.context, units=units) for units in plan.tasks]
     total, results = len(plan.groups) + len(plan.base), list[UnitResult]()
     progress = clock.progress("quantize")
-    for _, done in executor.map(run_bundle, bundles, memory_bytes=plan.task_bytes):
+    for _, done in executor.map(run_bundle, bundles, memory_bytes=prepared.needs["quantize"].memory_bytes):
         results.extend(done)
         progress(len(results), total)
     return results

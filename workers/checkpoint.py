@@ -130,9 +130,13 @@ def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]
 
 
 def load_network(library: str, arch: str, kwargs: dict[str, Any], source: TensorSource) -> nn.Module:
-    """Build the float network and load its weights from a source, tensor by tensor."""
+    """Build the float network and load its weights from a source, tensor by tensor: beside the network, one of them is
+    in memory.
+    """
     network = zoo.build(library, arch, kwargs)
     reader = TensorReader(source)
     names = check_fit(network, reader)
-    network.load_state_dict({name: reader.read(name) for name in names}, strict=False)
+    state = network.state_dict()
+    for name in names:
+        state[name].copy_(reader.read(name))
     return network

@@ -29,6 +29,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 
 
 class _Reader(Protocol):
+    @property
+    def resident_bytes(self) -> int: ...
+
     def load(self, index: int) -> Image.Image: ...
 
 
@@ -68,6 +71,11 @@ class ImageSet:
                 labels.append(-1 if self.labels is None else self.labels[index])
             if images:
                 yield torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return what the set keeps in memory as long as it is open: all the images of an npz, none of a tar's."""
+        return self.reader.resident_bytes
 
     def require_labels(self) -> Sequence[int]:
         """Return the labels.
@@ -137,6 +145,7 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
 class _Npz:
     def __init__(self, x: np.ndarray) -> None:
         self.x = x
+        self.resident_bytes = x.nbytes
 
     def load(self, index: int) -> Image.Image:
         pixels = self.x[index]
@@ -144,6 +153,8 @@ class _Npz:
 
 
 class _Folder:
+    resident_bytes = 0
+
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
 
@@ -154,6 +165,8 @@ class _Folder:
 
 
 class _Tar:
+    resident_bytes = 0
+
     def __init__(self, path: Path, members: Sequence[tarfile.TarInfo]) -> None:
         self.archive = tarfile.open(path)  # noqa: SIM115 - stays open as long as the set does
         self.members = members
