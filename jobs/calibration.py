@@ -11,7 +11,7 @@ from jobs.spec import ActivationSpec, JobSpec
 from jobs.stage import Staged
 from nestquant.observers import Histogram, activation_range
 from storage.manifest import ActivationRange, CalibrationRecord
-from workers.calibrate import CalibrateTask, Observed, observe
+from workers.calibrate import NOISE_BATCH, CalibrateTask, Observed, observe
 from workers.errors import DataError
 from workers.executor import Executor
 
@@ -35,9 +35,12 @@ def calibrate(
     executor: Executor,
     *,
     digest: str | None,
+    memory_bytes: int,
     on_done: Callable[[int, int], None],
 ) -> Calibrated:
     """Find the activation ranges that the spec asks for; none where it asks for none.
+
+    ``memory_bytes`` is what a task needs.
 
     Raises:
         WorkError: an image set cannot be read, or an activation is not finite.
@@ -48,7 +51,7 @@ def calibrate(
     names = [layer.name for layer in plan.layers]
     tasks = _tasks(spec, staged, tuple(names))
     observed: dict[int, Observed] = {}
-    for index, result in executor.map(observe, tasks):
+    for index, result in executor.map(observe, tasks, memory_bytes=memory_bytes):
         observed[index] = result
         on_done(len(observed), len(tasks))
     parts = [observed[index] for index in sorted(observed)]
@@ -80,7 +83,7 @@ def _tasks(spec: JobSpec, staged: Staged, layers: tuple[str, ...]) -> list[Calib
     calibration = spec.calibration
     assert spec.quantize.activations is not None
     if calibration is None or spec.quantize.activations.observer == "sigma":
-        return [CalibrateTask(**common, data=None, samples=0, start=0, stop=0, batch_size=8)]
+        return [CalibrateTask(**common, data=None, samples=0, start=0, stop=0, batch_size=NOISE_BATCH)]
     step = calibration.batch_size * BATCHES_PER_TASK
     return [
         CalibrateTask(

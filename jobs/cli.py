@@ -28,7 +28,7 @@ from storage.errors import (
     StorageError,
     StoreUnavailable,
 )
-from workers.errors import WorkError
+from workers.errors import NoCluster, WorkError
 
 
 class Exit(IntEnum):
@@ -71,7 +71,7 @@ def exit_code(error: BaseException) -> Exit:
 
     kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
         ((GateError,), Exit.GATE),
-        ((ClusterError,), Exit.STORE),
+        ((ClusterError, NoCluster), Exit.STORE),
         ((BadStoreURI, BadKey), Exit.USAGE),
         ((JobError,), Exit.USAGE),
         ((NoSpace, device_errors.NoSpace), Exit.DISK),

@@ -211,7 +211,7 @@ def plan_document(prepared: Prepared, quantize: QuantizeSpec) -> dict[str, Any]:
         "shard_groups": len(plan.groups),
         "base_blobs": len(plan.base),
         "tasks": len(plan.tasks),
-        "task_bytes": plan.task_bytes,
+        "memory_bytes": {stage: need.memory_bytes for stage, need in prepared.needs.items()},
         # Where these are several, the job chooses for each layer without bits of its own in quantize.overrides.
         "high_choices": list(quantize.high_choices),
     }
@@ -241,8 +241,10 @@ def print_plan(prepared: Prepared, quantize: QuantizeSpec) -> None:
     console.print(
         f"{plan.weights:,} weights in {len(plan.layers)} layers -> "
         f"{len(plan.groups)} shard groups and {len(plan.base)} base blobs in "
-        f"{len(plan.tasks)} tasks of at most {size(plan.task_bytes)}; job {prepared.job}"
+        f"{len(plan.tasks)} tasks; job {prepared.job}"
     )
+    needs = ", ".join(f"{stage} {size(need.memory_bytes)}" for stage, need in prepared.needs.items())
+    console.print(f"memory of a task, at most: {needs}")
 
 
 def _bits(layer: LayerRecord, quantize: QuantizeSpec) -> str:

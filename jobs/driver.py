@@ -18,11 +18,12 @@ from pathlib import Path
 from jobs.calibration import Calibrated, calibrate
 from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
+from jobs.memory import task_needs
 from jobs.mixed import MixedRecord, mixed_bits
 from jobs.plan import Plan, make_plan
-from jobs.reconstruction import Reconstructed, moments_bytes, reconstruct
+from jobs.reconstruction import Reconstructed, reconstruct
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
-from jobs.sensitivity import measure_sensitivities, sensitivity_bytes
+from jobs.sensitivity import measure_sensitivities
 from jobs.signing import load_keys
 from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
 from jobs.stage import Staged, outline, stage
@@ -35,6 +36,7 @@ from storage.registry import Published, Registry
 from storage.signing import sign
 from storage.uri import open_store
 from workers.checkpoint import fetch
+from workers.errors import Need
 from workers.executor import Executor
 from workers.images import open_images
 from workers.measure import Measured
@@ -54,6 +56,7 @@ class Prepared:
     staged: Staged
     plan: Plan
     calibration_digest: str | None
+    needs: Mapping[str, Need]
     job: str
 
     @property
@@ -76,26 +79,21 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         registry = Registry(open_store(spec.store.uri))
         _check_store(registry, single_writer=spec.store.single_writer)
         network = outline(spec.model)
-        calibration_digest = _check_images(spec, folder)
+        calibration_digest, image_bytes = _check_images(spec, folder)
     with clock.stage("stage"):
         kept_in = None if executor.same_machine else registry
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
     with clock.stage("plan"):
         plan = _plan(spec, staged)
-    executor.require(_largest_task_bytes(spec, staged, plan))
+    needs = task_needs(spec, staged, plan, image_bytes=image_bytes, slots=executor.slots)
+    executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
-    return Prepared(registry, staged, plan, calibration_digest, job)
+    return Prepared(registry, staged, plan, calibration_digest, needs, job)
 
 
 def _plan(spec: JobSpec, staged: Staged, high_bits: Mapping[str, int] | None = None) -> Plan:
     state = {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()}
     return make_plan(spec, staged.scan, staged.order, state, high_bits=high_bits)
-
-
-def _largest_task_bytes(spec: JobSpec, staged: Staged, plan: Plan) -> int:
-    solving = (moments_bytes(layer) for layer in plan.solved_layers)
-    measuring = sensitivity_bytes(spec, staged, plan) if spec.measures_layers else 0
-    return max(plan.task_bytes, measuring, *solving, 0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,6 @@ def measure(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageC
         mixed = mixed_bits(spec.quantize.mixed, prepared.plan, records, prepared.registry, job=prepared.job)
     with clock.stage("plan"):
         plan = _plan(spec, staged, mixed.high_bits)
-    executor.require(_largest_task_bytes(spec, staged, plan))
     return replace(prepared, plan=plan), Measurements(records, mixed)
 
 
@@ -185,8 +182,7 @@ def _carry_out(
         with clock.stage("synthesize"):
             seen_spec, seen = _synthesize(spec, prepared, executor, clock)
     with clock.stage("calibrate"):
-        digest, progress = seen.calibration_digest, clock.progress("calibrate")
-        calibrated = calibrate(seen_spec, seen.staged, plan, executor, digest=digest, on_done=progress)
+        calibrated = _calibrate(seen_spec, seen, executor, clock)
     reconstructed = Reconstructed()
     if plan.solved_layers:
         with clock.stage("reconstruct"):
@@ -196,6 +192,7 @@ def _carry_out(
     with clock.stage("publish"):
         draft = _manifest(spec, seen, calibrated, reconstructed, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
+        executor.tell(published)
         if gate is None:
             _tag(registry, published, spec.store)
     with clock.stage("pull"):
@@ -206,7 +203,8 @@ def _carry_out(
         with clock.stage("evaluate"):
             here = cache if executor.same_machine else None
             tasks = measure_tasks(spec, spec.evaluate, staged, manifest, store_uri=registry.store.uri, cache=here)
-            measured = evaluate(tasks, executor, clock.progress("evaluate"))
+            memory = prepared.needs["evaluate"].memory_bytes
+            measured = evaluate(tasks, executor, clock.progress("evaluate"), memory_bytes=memory)
     fault = None if gate is None else gate_fault(gate, measured)
     if gate is not None and fault is None:
         _tag(registry, published, spec.store)
@@ -222,17 +220,33 @@ def _check_store(registry: Registry, *, single_writer: bool) -> None:
         )
 
 
-def _check_images(spec: JobSpec, folder: Path) -> str | None:
+def _check_images(spec: JobSpec, folder: Path) -> tuple[str | None, int]:
     """Open every image set named in the spec, so that a wrong path costs no work; return the calibration set's
-    digest.
+    digest, and what the largest set keeps in memory.
     """
+    resident_bytes = 0
     if spec.evaluate is not None:
         images = open_images(fetch(spec.evaluate.data, folder))
         images.require_labels()
+        resident_bytes = images.resident_bytes
     if spec.calibration is None:
-        return None
+        return None, resident_bytes
     images = open_images(fetch(spec.calibration.data, folder))
-    return images.digest(min(spec.calibration.samples, len(images)))
+    digest = images.digest(min(spec.calibration.samples, len(images)))
+    return digest, max(resident_bytes, images.resident_bytes)
+
+
+def _calibrate(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> Calibrated:
+    need = prepared.needs.get("calibrate")
+    return calibrate(
+        spec,
+        prepared.staged,
+        prepared.plan,
+        executor,
+        digest=prepared.calibration_digest,
+        memory_bytes=0 if need is None else need.memory_bytes,
+        on_done=clock.progress("calibrate"),
+    )
 
 
 def _synthesize(spec: JobSpec, prepared: Prepared, executor: Executor, clock: StageClock) -> tuple[JobSpec, Prepared]:
@@ -260,6 +274,7 @@ def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: S
         executor,
         registry=prepared.registry,
         context=prepared.context,
+        memory_bytes=prepared.needs["reconstruct"].memory_bytes,
         on_done=clock.progress("reconstruct"),
     )
 
@@ -269,7 +284,7 @@ def _quantize(prepared: Prepared, executor: Executor, clock: StageClock) -> list
     bundles = [Bundle(context=prepared.context, units=units) for units in plan.tasks]
     total, results = len(plan.groups) + len(plan.base), list[UnitResult]()
     progress = clock.progress("quantize")
-    for _, done in executor.map(run_bundle, bundles, memory_bytes=plan.task_bytes):
+    for _, done in executor.map(run_bundle, bundles, memory_bytes=prepared.needs["quantize"].memory_bytes):
         results.extend(done)
         progress(len(results), total)
     return results

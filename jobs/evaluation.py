@@ -48,11 +48,14 @@ def measure_tasks(
 
 
 def evaluate(
-    tasks: Sequence[MeasureTask], executor: Executor, on_done: Callable[[int, int], None]
+    tasks: Sequence[MeasureTask], executor: Executor, on_done: Callable[[int, int], None], *, memory_bytes: int
 ) -> tuple[Measured, ...]:
-    """Run the measurements, as many at a time as the executor can, and return them in the order of the tasks."""
+    """Run the measurements, as many at a time as the executor can, and return them in the order of the tasks.
+
+    ``memory_bytes`` is what a task needs.
+    """
     results: dict[int, Measured] = {}
-    for index, measured in executor.map(measure, tasks):
+    for index, measured in executor.map(measure, tasks, memory_bytes=memory_bytes):
         results[index] = measured
         on_done(len(results), len(tasks))
     return tuple(results[index] for index in sorted(results))

@@ -63,8 +63,8 @@ class Plan:
 
     @property
     def task_bytes(self) -> int:
-        """Return the memory that the largest unit needs in a worker, in bytes (an estimate from above; see
-        ``docs/performance.md``).
+        """Return the memory that the largest unit takes in a worker, in bytes (an estimate from above; see
+        ``docs/performance.md``); `jobs.memory` adds the process itself.
         """
         return WORKER_BYTES_PER_WEIGHT * max(
             (sum(piece.weights for piece in group.pieces) for group in self.groups), default=0

@@ -50,6 +50,7 @@ def reconstruct(
     *,
     registry: Registry,
     context: TaskContext,
+    memory_bytes: int,
     on_done: Callable[[int, int], None],
 ) -> Reconstructed:
     """Solve the layers one after the other; those that an earlier run of the job has solved are not solved again.
@@ -62,6 +63,7 @@ def reconstruct(
         executor: who does the work.
         registry: where solutions are kept.
         context: where tasks read and write.
+        memory_bytes: what a member of the gang needs.
         on_done: hears how many layers are solved, of how many.
 
     Raises:
@@ -75,11 +77,17 @@ def reconstruct(
         if record is not None:
             solved[index] = record
     if len(solved) < len(layers):
-        _together(_Work(spec, calibration, staged, layers, context), executor, solved, on_done)
+        _together(_Work(spec, calibration, staged, layers, context, memory_bytes), executor, solved, on_done)
     ordered = tuple(solved[index] for index in range(len(layers)))
     without = [record.layer for record in ordered if not record.biases]
     notes = (f"{len(without)} layers were rounded without data: {shown(without)}.",) if without else ()
     return Reconstructed(ordered, notes)
+
+
+def chunks_of(calibration: CalibrationSpec) -> list[tuple[int, int]]:
+    """Return start and stop of the chunks that a gang shares, the same for any number of members."""
+    step = calibration.batch_size * BATCHES_PER_CHUNK
+    return [(start, min(start + step, calibration.samples)) for start in range(0, calibration.samples, step)]
 
 
 def moments_bytes(layer: PieceTask) -> int:
@@ -96,12 +104,12 @@ class _Work:
     staged: Staged
     layers: tuple[PieceTask, ...]
     context: TaskContext
+    memory_bytes: int
 
     def members(self, slots: int) -> list[MemberTask]:
         """Deal the chunks out; they are the same for any number of members."""
         calibration, model = self.calibration, self.spec.model
-        step = calibration.batch_size * BATCHES_PER_CHUNK
-        chunks = [(start, min(start + step, calibration.samples)) for start in range(0, calibration.samples, step)]
+        chunks = chunks_of(calibration)
         count = min(slots, len(chunks))
         return [
             MemberTask(
@@ -124,13 +132,12 @@ def _together(
     work: _Work, executor: Executor, solved: dict[int, SolvedRecord], on_done: Callable[[int, int], None]
 ) -> None:
     """Solve what is not solved; a gang that loses a member is made again and goes on behind the last solved layer."""
-    memory = max(moments_bytes(layer) for layer in work.layers)
     attempts = work.spec.cluster.max_retries
     while True:
         before = len(solved)
         tasks = work.members(executor.slots)
         try:
-            with executor.gang(Member, tasks, memory_bytes=memory) as gang:
+            with executor.gang(Member, tasks, memory_bytes=work.memory_bytes) as gang:
                 _walk(gang, tasks, solved, on_done)
             return
         except WorkerLost:

@@ -24,6 +24,7 @@ from storage.blob_store import BlobStore
 from storage.digest import digest_hex
 from storage.errors import AlreadyExists, NotFound
 from storage.manifest import Digest, Record, canonical_json
+from workers.errors import shown
 
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED", "LOST"]
 TERMINAL: frozenset[Status] = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
@@ -166,14 +167,19 @@ def find_job(store: BlobStore, text: str) -> JobRecord:
     Raises:
         JobError: none or several do.
     """
-    wanted = text.removeprefix("sha256:")
-    if len(wanted) == 64:
-        return JobRecord(store, f"sha256:{wanted}")
-    found = [request for request in requests(store) if request.removeprefix("sha256:").startswith(wanted)]
-    if len(wanted) < _MIN_PREFIX or not found:
+    wanted = text.lower().removeprefix("sha256:")
+    if not _MIN_PREFIX <= len(wanted) <= 64 or set(wanted) - set("0123456789abcdef"):
         raise JobError(
-            f"No job {text!r} in {store.uri}: give {_MIN_PREFIX} digits or more; 'nestquant jobs ls' lists them."
+            f"{text!r} names no job: give a job's digest, or {_MIN_PREFIX} or more of its digits (0-9, a-f); "
+            "'nestquant jobs ls' lists them."
         )
+    if len(wanted) == 64:
+        found = [f"sha256:{wanted}"] if store.exists(f"jobs/{wanted}/spec.json") else []
+    else:
+        found = [request for request in requests(store) if request.removeprefix("sha256:").startswith(wanted)]
+    if not found:
+        raise JobError(f"No job {text!r} in {store.uri}; 'nestquant jobs ls' lists those that were submitted there.")
     if len(found) > 1:
-        raise JobError(f"{len(found)} jobs begin with {text!r}; give more digits.")
+        names = [request.removeprefix("sha256:")[: len(wanted) + 6] for request in found]
+        raise JobError(f"{len(found)} jobs begin with {text!r}: {shown(names)}; give more digits.")
     return JobRecord(store, found[0])

@@ -379,7 +379,10 @@ def parse_as(kind: type[S], document: dict[str, Any], *, where: str) -> S:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        faults = [_fault(kind, dict(item)) for item in error.errors()]
+        items = error.errors()
+        # A faulty item of a list also makes the list too short for pydantic: that is not what is wrong.
+        inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+        faults = [_fault(kind, dict(item)) for item in items if item["type"] != "too_short" or item["loc"] not in inner]
         raise SpecError("\n".join(f"{where}: {fault}" for fault in faults)) from error
 
 
@@ -392,6 +395,10 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{key!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":
+        message = "expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends"
+    if item["type"] == "too_short":
+        message = "expected one or more"
     seen = "" if isinstance(item["input"], dict) else f" Seen: {item['input']!r}."
     return f"{key!r}: {message}.{seen}"
 

@@ -21,14 +21,21 @@ from workers import zoo
 from workers.checkpoint import check_fit, fetch, to_safetensors
 from workers.errors import CheckpointError
 from workers.executor import Executor
+from workers.footprint import Footprint
 from workers.tensors import TensorInfo, TensorReader, TensorSource
 from workers.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.zoo import Preprocessing
 
+_UNTRACED_INPUTS = 128
+"""Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""
+
 
 @dataclass(frozen=True)
 class Staged:
-    """A model ready to be planned: its outline on the meta device, its layers, and where its weights lie."""
+    """A model ready to be planned: its outline on the meta device, its layers, and where its weights lie.
+
+    ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out.
+    """
 
     source: TensorSource
     source_digest: str
@@ -37,6 +44,7 @@ class Staged:
     order: tuple[str, ...]
     preprocessing: Preprocessing
     parameters: int
+    activation_bytes: int
     notes: tuple[str, ...]
 
 
@@ -83,7 +91,7 @@ def stage(
         tensors = check_fit(network, TensorReader(source))
         digest, source = _kept(path, source, registry)
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
-    order, notes = _order(spec, network, preprocessing)
+    order, activation_bytes, notes = _order(spec, network, preprocessing)
     return Staged(
         source=source,
         source_digest=digest,
@@ -92,6 +100,7 @@ def stage(
         order=order,
         preprocessing=preprocessing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        activation_bytes=activation_bytes,
         notes=notes,
     )
 
@@ -141,21 +150,26 @@ def _kept(path: Path, source: TensorSource, registry: Registry | None) -> tuple[
 
 def _order(
     spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Trace the order of execution without computing anything; some networks do not run on the meta device, and are
-    listed as registered.
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Trace the order of execution and the memory of a forward without computing anything; some networks do not run
+    on the meta device, and are listed as registered.
     """
     example = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size, device="meta")
+    footprint = Footprint()
     try:
-        traced = execution_order(network, example)
+        with footprint:
+            traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises
         names = tuple(site.name for site in find_layers(network).layers)
-        return names, (
-            f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered.",
+        guessed = max(footprint.peak_bytes, _UNTRACED_INPUTS * example.nbytes)
+        return (
+            names,
+            guessed,
+            (f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered.",),
         )
     notes = (
         ()
         if not traced.never_ran
         else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
     )
-    return traced.names, notes
+    return traced.names, footprint.peak_bytes, notes

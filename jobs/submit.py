@@ -7,13 +7,16 @@ the cluster knows dies with it; the record in the store is what counts.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.errors import ClusterError, JobError
 from jobs.identity import request_digest
@@ -29,6 +32,7 @@ PENDING_TIMEOUT_S = 600.0
 _POLL_S = 1.0
 _AGENT_TIMEOUT_S = 120.0
 _NO_AGENT = "No available agent"
+_EXAMPLE = "http://head:8265"
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,37 @@ class Cluster:
     """The Jobs API of one cluster."""
 
     def __init__(self, address: str) -> None:
+        # Ray takes more than a dashboard's address, and waits most of a minute for what does not answer there.
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClusterError(f"{address!r} is no address of a head's dashboard; expected one such as {_EXAMPLE}.")
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package that it uploads
         self.address = address
-        try:
+        with self._asked("reached"):
             self.client = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Say in one line why the cluster could not be asked; the client raises whatever it meets."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
             raise ClusterError(
-                f"No Jobs API at {address}: {first_line} Expected a head's dashboard, such as http://head:8265."
+                f"{self.address} wants a token, or another one: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+                "RAY_AUTH_TOKEN_PATH to the cluster's."
             ) from error
+        except json.JSONDecodeError as error:
+            raise ClusterError(
+                f"What answers at {self.address} is not Ray; expected a head's dashboard, such as {_EXAMPLE}."
+            ) from error
+        except OSError as error:  # ConnectionError, and the HTTP client's own
+            raise ClusterError(_unreachable(self.address, error)) from error
+        except RuntimeError as error:
+            raise ClusterError(f"{self.address} could not be {what}: {_first_line(error)}.") from error
 
     def start(self, record: JobRecord, attempt: Attempt) -> None:
         """Submit one attempt."""
@@ -75,18 +99,18 @@ class Cluster:
             except Exception as error:  # the client raises RuntimeError, ConnectionError and requests' own
                 # A head that has just started answers before its job agent does.
                 if _NO_AGENT not in str(error) or time.monotonic() > deadline:
-                    first_line = str(error).strip().splitlines()[0]
-                    raise ClusterError(f"{self.address} refused the job: {first_line}") from error
+                    raise ClusterError(f"{self.address} refused the job: {_first_line(error)}.") from error
             time.sleep(_POLL_S)
 
     def status(self, attempt: Attempt) -> tuple[Status, str | None]:
         """Return what the cluster says of an attempt; LOST where it does not know it."""
-        try:
-            info = self.client.get_job_info(attempt.submission_id)
-        except RuntimeError as error:
-            if "does not exist" in str(error) or "404" in str(error):
-                return "LOST", f"{self.address} does not know {attempt.submission_id}"
-            raise ClusterError(f"{self.address}: {str(error).strip().splitlines()[0]}") from error
+        with self._asked("asked for the job"):
+            try:
+                info = self.client.get_job_info(attempt.submission_id)
+            except RuntimeError as error:
+                if "does not exist" in str(error) or "404" in str(error):
+                    return "LOST", f"{self.address} does not know {attempt.submission_id}"
+                raise
         status: Status = info.status.value
         return status, info.message
 
@@ -94,18 +118,32 @@ class Cluster:
         """Ask Ray to stop an attempt and wait until it has."""
         if self.status(attempt)[0] in TERMINAL:
             return
-        self.client.stop_job(attempt.submission_id)
+        with self._asked("asked to stop the job"):
+            self.client.stop_job(attempt.submission_id)
         while self.status(attempt)[0] not in TERMINAL:
             time.sleep(_POLL_S)
 
     def logs(self, attempt: Attempt) -> str:
         """Return the driver's log so far."""
-        return str(self.client.get_job_logs(attempt.submission_id))
+        with self._asked("asked for the log"):
+            return str(self.client.get_job_logs(attempt.submission_id))
 
     def follow(self, attempt: Attempt) -> AsyncIterator[str]:
         """Yield the driver's log as it grows, until the job ends."""
         lines: AsyncIterator[str] = self.client.tail_job_logs(attempt.submission_id)
         return lines
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    return (
+        f"No Jobs API at {address}: {_first_line(error)}. Is the cluster up, and its dashboard forwarded "
+        f"('ray dashboard')? Expected an address such as {_EXAMPLE}."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def submit(spec: JobSpec, address: str) -> tuple[JobRecord, Attempt, bool]:
@@ -185,9 +223,20 @@ def wait(
 
 
 def cancel(record: JobRecord) -> JobState:
-    """Stop a job; its finished units stay, and a retry goes on from there."""
+    """Stop a job; its finished units stay, and a retry goes on from there.
+
+    Raises:
+        ClusterError: nobody knows whether it runs: it was never submitted, or its cluster cannot be asked.
+    """
     state = job_state(record)
-    if state.attempt is None or state.status in TERMINAL:
+    if state.attempt is None:
+        raise ClusterError(f"{record.request} was never submitted: there is nothing to stop.")
+    if state.status == "LOST":
+        raise ClusterError(
+            f"Nothing was stopped: {(state.message or 'the job is lost').rstrip('.')}. If that cluster is gone, so is "
+            "the job's work; what it finished is kept, and 'nestquant jobs retry' goes on from there."
+        )
+    if state.status in TERMINAL:
         return state
     Cluster(state.attempt.address).stop(state.attempt)
     record.finish(state.attempt.number, End(status="STOPPED", error="cancelled", unix_s=int(time.time())))

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -60,12 +60,24 @@ class Published:
     """A version in the store.
 
     ``created`` is False where the newest version already held this content before anything was written.
+    ``lost_races`` counts the numbers that somebody else took first, ``retries`` the writes of the manifest whose answer
+    was lost or that the store refused with nobody's manifest there.
     """
 
     name: str
     version: int
     digest: str
     created: bool
+    lost_races: int = 0
+    retries: int = 0
+
+
+@dataclass(slots=True)
+class _Met:
+    """What a commit met on its way."""
+
+    lost_races: int = 0
+    retries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +195,13 @@ class Registry:
         newest = self.newest_version(draft.name)
         if newest and (same := self._same_content(draft, newest)):
             return same
+        met = _Met()
         while True:
-            published = self._commit(draft, newest + 1, create_only=safe)
+            published = self._commit(draft, newest + 1, met, create_only=safe)
             newest += 1
             self._newest_seen[draft.name] = newest
             if published is not None:
-                return published
+                return replace(published, lost_races=met.lost_races, retries=met.retries)
 
     def check_blobs(self, descriptors: Iterable[Descriptor]) -> None:
         """Raise `NotFound` or `Corrupt` unless every blob is there with its size.
@@ -206,7 +219,7 @@ class Registry:
             for _ in pool.map(check, descriptors):
                 pass
 
-    def _commit(self, draft: Manifest, version: int, *, create_only: bool) -> Published | None:
+    def _commit(self, draft: Manifest, version: int, met: _Met, *, create_only: bool) -> Published | None:
         """Write one number; return None where it is somebody else's."""
         manifest = draft.model_copy(update={"version": version})
         raw, key = canonical_json(manifest), layout.manifest_key(draft.name, version)
@@ -220,8 +233,12 @@ class Registry:
             except (AlreadyExists, WriteConflict, StoreUnavailable) as error:
                 # Ours may have landed with its answer lost: only the bytes themselves tell whose number this is.
                 try:
-                    return done if self.store.get(key, max_bytes=MAX_MANIFEST_BYTES) == raw else None
+                    ours = self.store.get(key, max_bytes=MAX_MANIFEST_BYTES) == raw
+                    met.retries += ours
+                    met.lost_races += not ours
+                    return done if ours else None
                 except NotFound:
+                    met.retries += 1
                     if attempt == _COMMIT_ATTEMPTS:
                         raise error from None
                     time.sleep(random.uniform(0, _COMMIT_PAUSE_S * 2**attempt))

@@ -25,6 +25,7 @@ from workers.threads import threads
 from workers.zoo import Preprocessing
 
 NOISE_SEED = 0
+NOISE_BATCH = 8
 
 
 class CalibrateTask(Record):

@@ -153,7 +153,9 @@ def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]
 
 
 def load_network(library: str, arch: str, kwargs: dict[str, Any], source: TensorSource) -> nn.Module:
-    """Build the float network and load its weights from a source, tensor by tensor."""
+    """Build the float network and load its weights from a source, tensor by tensor: beside the network, one of them is
+    in memory.
+    """
     network = zoo.build(library, arch, kwargs)
     reader = TensorReader(source)
     names = reader.in_file_order(check_fit(network, reader))

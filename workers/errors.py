@@ -7,6 +7,7 @@ WorkError
 ├── CheckpointError  the weights do not fit the architecture, or cannot be read
 ├── DataError        images or labels cannot be read
 ├── ArtifactError    a pulled version does not fit together
+├── NoCluster        no Ray cluster answers where the spec says that there is one
 ├── WorkerLost       a task's process or machine went away once too often
 ├── DoesNotFit       no machine is large enough for one task
 └── Stopped          the work was cancelled
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
 class WorkError(Exception):
@@ -38,6 +40,10 @@ class ArtifactError(WorkError):
     """A pulled version does not fit together."""
 
 
+class NoCluster(WorkError):
+    """No Ray cluster answers at the address that the spec gives."""
+
+
 class WorkerLost(WorkError):
     """The process or machine of a task went away more often than the task may be tried again."""
 
@@ -52,13 +58,25 @@ class Stopped(WorkError):
         return type(self), ()
 
 
-class DoesNotFit(WorkError):
-    """No machine of the cluster is large enough for one task."""
+@dataclass(frozen=True)
+class Need:
+    """The memory that the largest task of a stage needs, in bytes, and the key of the spec that makes it smaller."""
 
-    def __init__(self, *, needed_bytes: int, cpus: float, largest: str) -> None:
+    stage: str
+    memory_bytes: int
+    smaller: str
+
+
+class DoesNotFit(WorkError):
+    """No machine of the cluster is large enough for one task.
+
+    ``need`` says whose task it is, and which keys of the spec make it smaller.
+    """
+
+    def __init__(self, need: Need, *, cpus: float, largest: str) -> None:
         super().__init__(
-            f"A task needs {needed_bytes / 1e9:.1f} GB and {cpus:g} CPUs; {largest}. "
-            "Make tasks smaller (store.shard_bytes, cluster.cpus_per_task) or the machines larger."
+            f"A task of the stage '{need.stage}' needs {need.memory_bytes / 1e9:.1f} GB and {cpus:g} CPUs; {largest}. "
+            f"Make tasks smaller ({need.smaller}, cluster.cpus_per_task) or the machines larger."
         )
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
-from workers.errors import DoesNotFit, Stopped
+from storage.registry import Published
+from workers.errors import DoesNotFit, Need, Stopped
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -60,8 +61,8 @@ class Executor(Protocol):
         """Tell whether the workers see this machine's files."""
         ...
 
-    def require(self, memory_bytes: int) -> None:
-        """Raise `DoesNotFit` where no machine can hold a task of so many bytes: before work starts, not in it."""
+    def require(self, need: Need) -> None:
+        """Raise `DoesNotFit` where no machine can hold such a task: before work starts, not in it."""
         ...
 
     def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
@@ -70,6 +71,10 @@ class Executor(Protocol):
         The first failure ends the submission; what runs already is finished and yielded, then the failure is raised
         as itself.
         """
+        ...
+
+    def tell(self, published: Published) -> None:
+        """Let whoever watches the work know what publishing a version met."""
         ...
 
     def stop(self) -> None:
@@ -104,11 +109,11 @@ class InProcessExecutor:
     def __init__(self) -> None:
         self._stopped = threading.Event()
 
-    def require(self, memory_bytes: int) -> None:
+    def require(self, need: Need) -> None:
         """Compare with this machine's memory."""
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if memory_bytes > total:
-            raise DoesNotFit(needed_bytes=memory_bytes, cpus=1, largest=f"this machine has {total / 1e9:.1f} GB")
+        if need.memory_bytes > total:
+            raise DoesNotFit(need, cpus=1, largest=f"this machine has {total / 1e9:.1f} GB")
 
     def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
         """Yield results in order.
@@ -129,6 +134,9 @@ class InProcessExecutor:
         finally:
             for one in members:
                 one.close()
+
+    def tell(self, published: Published) -> None:
+        """Do nothing: nobody watches this process."""
 
     def stop(self) -> None:
         """Let the item at work end, and start no other."""

@@ -29,6 +29,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 
 
 class _Reader(Protocol):
+    @property
+    def resident_bytes(self) -> int: ...
+
     def load(self, index: int) -> Image.Image: ...
 
 
@@ -80,6 +83,11 @@ class ImageSet:
         """Return the images at these places, in the order given."""
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
         return ImageSet(self.path, [self.names[index] for index in chosen], labels, _Chosen(self.reader, chosen))
+
+    @property
+    def resident_bytes(self) -> int:
+        """Return what the set keeps in memory as long as it is open: all the images of an npz, none of a tar's."""
+        return self.reader.resident_bytes
 
     def require_labels(self) -> Sequence[int]:
         """Return the labels.
@@ -154,6 +162,7 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
 class _Chosen:
     def __init__(self, reader: _Reader, chosen: Sequence[int]) -> None:
         self.reader, self.chosen = reader, chosen
+        self.resident_bytes = reader.resident_bytes
 
     def load(self, index: int) -> Image.Image:
         return self.reader.load(self.chosen[index])
@@ -162,6 +171,7 @@ class _Chosen:
 class _Npz:
     def __init__(self, x: np.ndarray) -> None:
         self.x = x
+        self.resident_bytes = x.nbytes
 
     def load(self, index: int) -> Image.Image:
         pixels = self.x[index]
@@ -169,6 +179,8 @@ class _Npz:
 
 
 class _Folder:
+    resident_bytes = 0
+
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
 
@@ -179,6 +191,8 @@ class _Folder:
 
 
 class _Tar:
+    resident_bytes = 0
+
     def __init__(self, path: Path, members: Sequence[tarfile.TarInfo]) -> None:
         self.archive = tarfile.open(path)  # noqa: SIM115 - stays open as long as the set does
         self.members = members

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,16 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import StoreUnavailable
+from storage.registry import Published
 from workers.deadline import deadline
-from workers.errors import DoesNotFit, Stopped, WorkerLost, WorkError
+from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, WorkError
 from workers.executor import Gang
-from workers.telemetry import observed
+from workers.telemetry import count_commits, observed
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -32,6 +35,7 @@ R = TypeVar("R")
 _POLL_S = 1.0
 _CANCEL_S = 10.0
 _NO_NODE_S = 60.0
+_CONNECT_S = 10.0
 _MIN_WINDOW = 4
 _LOST = (
     ray.exceptions.WorkerCrashedError,
@@ -95,21 +99,28 @@ class RayExecutor:
 
     def __enter__(self) -> Self:
         if not ray.is_initialized():
+            _check_address(self.settings.address)
             os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
             # Ray warns through its logger that a local cluster asks for a token, which is what we want of it.
             logging.getLogger("ray").setLevel(logging.ERROR)
             # A task killed for memory is tried so often, not for ever.
             os.environ.setdefault("RAY_task_oom_retries", str(self.settings.max_retries))
             local = self.settings.address == "local"
-            ray.init(
-                address=self.settings.address,
-                num_cpus=self.settings.num_cpus if local else None,
-                include_dashboard=False if local else None,
-                log_to_driver=False,
-                logging_level="ERROR",
-                configure_logging=False,
-                logging_config=ray.LoggingConfig(encoding="JSON") if self.settings.json_logs else None,
-            )
+            try:
+                ray.init(
+                    address=self.settings.address,
+                    num_cpus=self.settings.num_cpus if local else None,
+                    include_dashboard=False if local else None,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    configure_logging=False,
+                    logging_config=ray.LoggingConfig(encoding="JSON") if self.settings.json_logs else None,
+                )
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+                raise NoCluster(
+                    f"cluster.address {self.settings.address!r}: {first_line}. 'local' starts a Ray on this machine."
+                ) from error
             self._owned = True
         # Ray prints what becomes of nodes on standard output, where a program may be waiting for our JSON.
         self._prints.enter_context(contextlib.redirect_stdout(sys.stderr))
@@ -131,20 +142,22 @@ class RayExecutor:
         """Make every ``map`` cancel its tasks and raise `Stopped`."""
         self._stopped.set()
 
-    def require(self, memory_bytes: int) -> None:
+    def tell(self, published: Published) -> None:
+        """Count what publishing met (``nestquant_commits``)."""
+        count_commits(published)
+
+    def require(self, need: Need) -> None:
         """Raise `DoesNotFit` where no node can hold a task; a cluster that grows gets ``node_timeout_s`` to grow.
 
         A task that fits nowhere would wait in Ray's queue for ever.
         """
-        bundle = {"CPU": self.settings.cpus_per_task, "memory": memory_bytes}
+        bundle = {"CPU": self.settings.cpus_per_task, "memory": need.memory_bytes}
         give_up = time.monotonic() + self.settings.node_timeout_s
         asked = False
         try:
             while not any(_holds(node, bundle) for node in _nodes()):
                 if time.monotonic() >= give_up:
-                    raise DoesNotFit(
-                        needed_bytes=memory_bytes, cpus=self.settings.cpus_per_task, largest=_largest(_nodes())
-                    )
+                    raise DoesNotFit(need, cpus=self.settings.cpus_per_task, largest=_largest(_nodes()))
                 if self._stopped.wait(_POLL_S):
                     raise Stopped
                 if not asked:
@@ -321,6 +334,29 @@ class _Window:
         if any(_holds(node, {"CPU": self.settings.cpus_per_task, "memory": self.memory_bytes}) for node in nodes):
             self._fitted_s = now
         self._until_s = now + _POLL_S
+
+
+def _check_address(address: str) -> None:
+    """Raise `NoCluster` where nothing answers: Ray itself would go on trying for many minutes."""
+    if address in ("local", "auto"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:  # the port is no number
+        host, port = None, None
+    if parts.scheme not in ("", "ray") or not host or not port:
+        raise NoCluster(
+            f"cluster.address {address!r}: expected 'local', 'auto' (on a node of the cluster) or a head's host:6379. "
+            "A dashboard's http:// address is for 'nestquant submit --address'."
+        )
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise NoCluster(
+            f"cluster.address {address!r}: nothing answers there ({error.strerror or error}). Is the cluster up, and "
+            "its port open to this machine? 'nestquant submit' needs its dashboard alone."
+        ) from error
 
 
 def _nodes() -> list[dict[str, float]]:

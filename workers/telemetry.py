@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ray.util.metrics import Counter, Histogram
 
+from storage.registry import Published
 from workers.tasks import Bundle, GroupRecord, UnitResult
 
 A = TypeVar("A")
@@ -31,6 +32,7 @@ class _Metrics:
     seconds: Histogram
     units: Counter
     moved: Counter
+    commits: Counter
 
 
 @functools.cache
@@ -43,6 +45,7 @@ def _metrics() -> _Metrics:
             "nestquant_units", "Shard groups and base blobs, and whether an earlier run had done them.", ("reused",)
         ),
         moved=Counter("nestquant_bytes", "Bytes read from checkpoints and written to the store.", ("direction",)),
+        commits=Counter("nestquant_commits", "Versions published, and what their commits met.", ("outcome",)),
     )
 
 
@@ -65,6 +68,22 @@ def observed(function: Callable[[A], R], item: A) -> R:
         if isinstance(one, UnitResult):
             _count(one, fields)
     return result
+
+
+def count_commits(published: Published) -> None:
+    """Count a version, and the races for a number and the answers of the store that were lost on its way."""
+    log.info(
+        "version published" if published.created else "version was there",
+        extra={"published": published.name, "version": published.version, "lost_races": published.lost_races},
+    )
+    outcomes = {
+        "created" if published.created else "unchanged": 1,
+        "lost race": published.lost_races,
+        "retried": published.retries,
+    }
+    for outcome, count in outcomes.items():
+        if count:
+            _metrics().commits.inc(count, tags={"outcome": outcome})
 
 
 def _count(unit: UnitResult, fields: dict[str, Any]) -> None:

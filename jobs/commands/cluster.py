@@ -83,6 +83,8 @@ def ls(*, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
+    if not rows:
+        typer.echo(f"No jobs in {opened.uri}: 'nestquant submit' puts their records there.", err=True)
     for row in rows:
         typer.echo(
             f"{row['job'].removeprefix('sha256:')[:12]}  {row['status']:<9}  attempt {row['attempt']}  {row['name']}"
@@ -109,7 +111,9 @@ def logs(
     record = _record(store, job)
     attempt = job_state(record).attempt
     if attempt is None:
-        raise ClusterError(f"{record.request} was never submitted.")
+        raise ClusterError(
+            f"{record.request} was never submitted, so there is no log; 'nestquant jobs retry' starts it."
+        )
     kept = record.log(attempt.number)
     if kept is not None:
         typer.echo(kept, nl=False)
@@ -178,7 +182,8 @@ def result(job: Job, *, store: Store, as_json: Json = False) -> None:
 
     state = job_state(_record(store, job))
     if state.end is None or state.end.result is None:
-        raise WorkError(f"No result: the job is {state.status}{': ' + state.message if state.message else ''}.")
+        told = f": {state.message.rstrip('.')}" if state.message else ""
+        raise WorkError(f"No result: the job is {state.status}{told}.")
     if as_json:
         print_json(state.end.result.model_dump(mode="json"))
     else:

@@ -100,6 +100,8 @@ def report(
             raise SpecError(f"{results}: no {ROWS} in this folder; 'nestquant zoo' writes one.")
         title, rows = results.resolve().name, parse_rows(path.read_bytes())
     else:
+        if not results.exists():
+            raise SpecError(f"No {results}: expected a run's folder of tables, or the zoo's spec.")
         from jobs.zoo_spec import load_zoo
         from storage.uri import open_store
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from jobs.driver import run_job
 from jobs.spec import parse_spec
 from workers.deadline import TaskTimeout
-from workers.errors import DoesNotFit, Stopped, WorkError
+from workers.errors import DoesNotFit, Need, Stopped, WorkError
 from workers.executor import InProcessExecutor
 from workers.remote import RayExecutor, RaySettings
 
@@ -97,11 +97,14 @@ def test_threads_share_one_executor() -> None:
 
 def test_a_task_too_large_for_every_node_is_refused() -> None:
     with RayExecutor(RaySettings()) as executor:
-        executor.require(1)
-        with pytest.raises(DoesNotFit, match=r"A task needs 1000000.0 GB and 1 CPUs; the largest of 1 nodes offers"):
-            executor.require(10**15)
+        executor.require(Need("quantize", 1, "store.shard_bytes"))
+        with pytest.raises(
+            DoesNotFit,
+            match=r"stage 'quantize' needs 1000000.0 GB and 1 CPUs; the largest of 1 nodes .*\(store.shard_bytes, ",
+        ):
+            executor.require(Need("quantize", 10**15, "store.shard_bytes"))
     with pytest.raises(DoesNotFit, match=r"this machine has"):
-        InProcessExecutor().require(10**15)
+        InProcessExecutor().require(Need("quantize", 10**15, "store.shard_bytes"))
 
 
 def test_a_poisoned_layer_fails_the_job_with_its_name_and_keeps_the_others(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,8 @@ from workers.remote import RayExecutor, RaySettings
 from workers.tensors import TensorSource
 
 Document = Callable[..., dict[str, Any]]
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 def local(document: dict[str, Any]) -> JobResult:
@@ -78,14 +80,28 @@ def test_a_ray_job_writes_the_same_bytes_as_this_process(
         assert keys(str(tmp_path / "ray"), prefix) == keys(uri, prefix)
 
 
-@pytest.mark.parametrize("task_weights", [1, 100_000_000])
-def test_the_size_of_tasks_changes_no_byte(
+class Shuffled(InProcessExecutor):
+    """Does its items in an order of its own, as a cluster might."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = np.random.default_rng(seed)
+
+    def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
+        order = [int(index) for index in self.random.permutation(len(items))]
+        for at, result in super().map(function, [items[index] for index in order]):
+            yield order[at], result
+
+
+@pytest.mark.parametrize("task_weights", [1, 30_000, 100_000_000])
+def test_neither_the_size_nor_the_order_of_tasks_changes_a_byte(
     published: tuple[JobResult, str], tiny_checkpoint: Path, tiny_images: Path, tmp_path: Path, task_weights: int
 ) -> None:
     document = whole_document(tiny_checkpoint, tiny_images, str(tmp_path / "other"))
     document["cluster"] = {"task_weights": task_weights}
     del document["evaluate"]
-    assert local(document).digest == published[0].digest
+    result = run_job(parse_spec(document, where="test"), Shuffled(task_weights))
+    assert result.digest == published[0].digest
 
 
 def test_a_second_run_does_nothing_again(

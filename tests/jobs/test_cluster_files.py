@@ -84,6 +84,58 @@ def test_the_rayjob_pins_one_image_and_ray_version_for_head_and_workers() -> Non
     assert f"nestquant_service-{_version()}-py3-none-any.whl[service]" in dockerfile
 
 
+# What KubeRay's definition of a RayJob (CRD ray.io/v1) knows at the places that we use; the API server refuses others.
+KNOWN_TO_KUBERAY = {
+    (): {"apiVersion", "kind", "metadata", "spec"},
+    ("spec",): {
+        *("activeDeadlineSeconds", "backoffLimit", "clusterSelector", "entrypoint", "entrypointNumCpus", "metadata"),
+        *("entrypointNumGpus", "entrypointResources", "jobId", "rayClusterSpec", "runtimeEnvYAML", "suspend"),
+        *("shutdownAfterJobFinishes", "submissionMode", "submitterConfig", "submitterPodTemplate", "managedBy"),
+        *("ttlSecondsAfterFinished", "deletionStrategy"),
+    },
+    ("spec", "rayClusterSpec"): {
+        *("autoscalerOptions", "enableInTreeAutoscaling", "headGroupSpec", "headServiceAnnotations", "rayVersion"),
+        *("suspend", "workerGroupSpecs"),
+    },
+    ("spec", "rayClusterSpec", "autoscalerOptions"): {
+        *("env", "envFrom", "idleTimeoutSeconds", "image", "imagePullPolicy", "resources", "securityContext"),
+        *("upscalingMode", "volumeMounts"),
+    },
+    ("spec", "rayClusterSpec", "headGroupSpec"): {
+        *("enableIngress", "headService", "rayStartParams", "serviceType", "template"),
+    },
+    ("spec", "rayClusterSpec", "workerGroupSpecs", 0): {
+        *("groupName", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams", "replicas", "scaleStrategy"),
+        *("idleTimeoutSeconds", "template"),
+    },
+}
+REQUIRED_BY_KUBERAY = {
+    ("spec", "rayClusterSpec"): {"headGroupSpec"},
+    ("spec", "rayClusterSpec", "headGroupSpec"): {"rayStartParams", "template"},
+    ("spec", "rayClusterSpec", "workerGroupSpecs", 0): {
+        *("groupName", "maxReplicas", "minReplicas", "rayStartParams", "template"),
+    },
+}
+
+
+def test_the_rayjob_has_the_keys_that_kuberay_knows_and_those_that_it_requires() -> None:
+    document = _read("deploy/rayjob.yaml")
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayJob")
+    for place, known in KNOWN_TO_KUBERAY.items():
+        at: Any = document
+        for step in place:
+            at = at[step]
+        assert set(at) <= known, place
+        assert set(at) >= REQUIRED_BY_KUBERAY.get(place, set()), place
+    cluster = document["spec"]["rayClusterSpec"]
+    assert cluster["autoscalerOptions"]["upscalingMode"] in ("Default", "Aggressive", "Conservative")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        (box,) = group["template"]["spec"]["containers"]
+        # Ray takes its memory from the limit; a request below it could be killed by the node.
+        assert box["resources"]["limits"] == box["resources"]["requests"]
+
+
 def test_the_rayjob_ends_with_its_cluster_and_is_tried_again() -> None:
     spec = _read("deploy/rayjob.yaml")["spec"]
     assert spec["submissionMode"] == "K8sJobMode"

@@ -11,7 +11,7 @@ import pytest
 from storage import capabilities
 from storage.blob_store import BlobStore, ObjectInfo
 from storage.doctor import diagnose
-from storage.errors import StoreUnavailable
+from storage.errors import NotFound, StoreUnavailable
 from storage.local import LocalStore
 from storage.memory import MemoryStore
 from storage.uri import open_store
@@ -41,13 +41,19 @@ def test_findings(
     assert [check.name for check in checks] == names
     assert {check.name: check.status for check in checks if check.status != "ok"} == short
     assert all(check.detail and "\n" not in check.detail for check in checks)
-    left = [info.key for info in store.list()]
-    if (
-        kind == "rclone"
-    ):  # a race's overwritten write may land after its answer, and after the probe's deletion; gc sweeps
-        assert all(key.startswith(capabilities.PROBE_PREFIX) for key in left)
-    else:
-        assert left == []
+    listed = [info.key for info in store.list()]
+    # rclone lists names from its directory cache for minutes: of an object that was overwritten by several at once and
+    # deleted, the name may stay, with no file and no bytes behind it.
+    left = [key for key in listed if is_there(store, key)] if kind == "rclone" else listed
+    assert left == []
+
+
+def is_there(store: BlobStore, key: str) -> bool:
+    try:
+        store.get(key)
+    except NotFound:
+        return False
+    return True
 
 
 def test_missing_bucket(moto_s3: S3Server) -> None:

@@ -136,6 +136,7 @@ def test_lost_answer_to_the_commit_ends_as_success_exactly_once(error: StorageEr
     lying = CommitAnswer(store, [error], lands=True)
     published = Registry(lying).publish(make_draft(Registry(store)))
     assert (published.version, published.created) == (1, True)
+    assert (published.lost_races, published.retries) == (0, 1)
     assert Registry(store).resolve("net", 1).digest == published.digest
     assert Registry(store).newest_version("net") == 1
 
@@ -144,7 +145,8 @@ def test_lost_answer_to_the_commit_ends_as_success_exactly_once(error: StorageEr
 def test_a_commit_that_did_not_land_is_tried_again(error: StorageError) -> None:
     store = MemoryStore("again")
     lying = CommitAnswer(store, [error] * 4, lands=False)
-    assert Registry(lying).publish(make_draft(Registry(store))).version == 1
+    published = Registry(lying).publish(make_draft(Registry(store)))
+    assert (published.version, published.lost_races, published.retries) == (1, 0, 4)
     assert Registry(store).versions("net") == [1]
 
 
@@ -166,7 +168,8 @@ def test_a_number_taken_meanwhile_is_left_alone() -> None:
             if (step.operation, step.key) == ("put", MANIFEST):
                 Registry(self.inner).publish(theirs)
 
-    assert Registry(Overtaken(store)).publish(ours).version == 2
+    published = Registry(Overtaken(store)).publish(ours)
+    assert (published.version, published.lost_races, published.retries) == (2, 1, 0)
     assert Registry(store).resolve("net", 1).manifest.recipe == {"seed": 1}
     assert Registry(store).resolve("net", 2).manifest.recipe == {"seed": 2}
 

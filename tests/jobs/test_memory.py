@@ -1,0 +1,111 @@
+"""What each stage asks for lies above what a process really takes, and a machine too small is refused by stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.driver import prepare
+from jobs.events import StageClock
+from jobs.memory import PROCESS_BYTES
+from jobs.spec import parse_spec
+from workers.errors import DoesNotFit, Need
+from workers.executor import InProcessExecutor
+
+Document = Callable[..., dict[str, Any]]
+
+# Prints how much the process grew by the work of one stage over what it takes when everything is imported.
+_GROWTH = """
+import json, resource, sys, tempfile
+from pathlib import Path
+import timm, torch, pytorchcv.model_provider
+from jobs.calibration import _tasks
+from jobs.driver import prepare
+from jobs.evaluation import measure_tasks
+from jobs.events import StageClock
+from jobs.spec import parse_spec
+from storage.manifest import Manifest
+from workers import zoo
+from workers.calibrate import observe
+from workers.executor import InProcessExecutor
+from workers.measure import measure
+torch.set_num_threads(1)
+stage, document = sys.argv[1], json.loads(sys.argv[2])
+spec = parse_spec(document, where="test")
+with tempfile.TemporaryDirectory() as folder:
+    prepared = prepare(spec, InProcessExecutor(), Path(folder), StageClock(lambda _: None))
+    staged, plan = prepared.staged, prepared.plan
+    if stage == "calibrate":
+        work, task = observe, _tasks(spec, staged, tuple(layer.name for layer in plan.layers))[0]
+    else:
+        found = prepared.registry.resolve(spec.name).manifest
+        uri = prepared.registry.store.uri
+        work, task = measure, measure_tasks(spec, spec.evaluate, staged, found, store_uri=uri, cache=None)[-1]
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    work(task)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"grown": peak - before, "asked": prepared.needs[stage].memory_bytes}))
+"""
+
+
+def growth(stage: str, document: dict[str, Any]) -> tuple[int, int]:
+    """Return the bytes that a stage's first task took, and those that it asked for without the bare process."""
+    argv = [sys.executable, "-c", _GROWTH, stage, json.dumps(document)]
+    told = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(told.stdout)
+    return int(found["grown"]), int(found["asked"]) - PROCESS_BYTES
+
+
+def test_a_real_calibration_takes_less_than_it_asks_for_and_more_than_half(test_data: Path, tmp_path: Path) -> None:
+    document = {
+        "name": "squeezenet",
+        "model": {
+            "library": "pytorchcv",
+            "arch": "squeezenet_v1_1",
+            "checkpoint": str(test_data / "weights" / "squeezenet_v1_1.safetensors"),
+        },
+        "quantize": {"activations": {}},
+        "calibration": {"data": str(test_data / "images" / "imagenet_sample_1000.tar"), "batch_size": 32},
+        "store": {"uri": str(tmp_path / "store")},
+    }
+    grown, asked = growth("calibrate", document)
+    assert asked / 2 < grown < asked
+
+
+def needs(document: dict[str, Any], folder: Path) -> dict[str, Need]:
+    spec = parse_spec(document, where="test")
+    return dict(prepare(spec, InProcessExecutor(), folder, StageClock(lambda _: None)).needs)
+
+
+def test_every_stage_asks_and_a_batch_more_asks_for_as_much_more(tiny_document: Document, tmp_path: Path) -> None:
+    first = needs(tiny_document(), tmp_path)
+    assert list(first) == ["calibrate", "quantize", "evaluate"]
+    more = needs(tiny_document(calibration__batch_size=24, evaluate__batch_size=25), tmp_path)
+    grown = more["calibrate"].memory_bytes - first["calibrate"].memory_bytes
+    shrunk = first["evaluate"].memory_bytes - more["evaluate"].memory_bytes
+    assert (grown % 16, shrunk % 25) == (0, 0)
+    assert grown // 16 == shrunk // 25  # what one image costs
+    image = 4 * 3 * 32 * 32
+    assert grown // 16 > 2 * image
+    assert more["quantize"] == first["quantize"]
+
+
+def test_a_machine_too_small_is_refused_by_the_stage_that_needs_most(tiny_document: Document, tmp_path: Path) -> None:
+    document = tiny_document(evaluate__batch_size=10_000_000)
+    with pytest.raises(DoesNotFit, match=r"A task of the stage 'evaluate' needs \d+\.\d GB and 1 CPUs; this machine"):
+        needs(document, tmp_path)
+    with pytest.raises(DoesNotFit, match=r"Make tasks smaller \(calibration\.batch_size, "):
+        needs(tiny_document(calibration__batch_size=10_000_000, calibration__samples=10_000_000), tmp_path)
+    assert not (tmp_path / "store" / "blobs").exists()
+
+
+def test_without_images_only_quantizing_asks(tiny_document: Document, tmp_path: Path) -> None:
+    document = tiny_document()
+    del document["calibration"], document["evaluate"], document["quantize"]["activations"]
+    assert list(needs(document, tmp_path)) == ["quantize"]
