@@ -19,7 +19,7 @@ from storage.layout import blob_key
 from storage.registry import Registry
 from workers import zoo
 from workers.checkpoint import check_fit, fetch, to_safetensors
-from workers.errors import CheckpointError
+from workers.errors import CheckpointError, Need
 from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.tensors import TensorInfo, TensorReader, TensorSource
@@ -128,8 +128,9 @@ def _made(
         store_uri=None if registry is None else registry.store.uri,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    executor.require(MADE_BYTES_PER_BYTE * size)
-    ((_, made),) = executor.map(make_weights, [task], memory_bytes=MADE_BYTES_PER_BYTE * size)
+    need = Need("stage", MADE_BYTES_PER_BYTE * size, "model.arch")
+    executor.require(need)
+    ((_, made),) = executor.map(make_weights, [task], memory_bytes=need.memory_bytes)
     return made
 
 
