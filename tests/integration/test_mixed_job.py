@@ -21,7 +21,7 @@ from storage.uri import open_store
 from workers import sensitivity
 from workers.checkpoint import load_network
 from workers.executor import InProcessExecutor
-from workers.images import open_images
+from workers.images import open_images, spread
 from workers.remote import RayExecutor, RaySettings
 from workers.sensitivity import SensitivityRecord
 from workers.tensors import TensorSource
@@ -116,7 +116,8 @@ def test_the_damage_is_what_the_network_shows(
     kwargs = {"num_classes": 10, "in_chans": 3}
     manifest = Registry(open_store(document["store"]["uri"])).resolve("tiny").manifest
     assert manifest.preprocessing is not None
-    batches = open_images(tiny_images).batches(Preprocessing.from_record(manifest.preprocessing), batch_size=8, stop=20)
+    judging = open_images(tiny_images).sample(24).take(spread(24, 20))
+    batches = judging.batches(Preprocessing.from_record(manifest.preprocessing), batch_size=8)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     reference = load_network("timm", "test_resnet", kwargs, source)
     layer = next(one for one in result.layers if one.name == "conv1.3")  # not behind a zero gamma

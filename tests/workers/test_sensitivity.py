@@ -16,6 +16,7 @@ from jobs.spec import parse_spec
 from storage.uri import open_store
 from workers.errors import DataError, WorkError
 from workers.executor import InProcessExecutor
+from workers.images import spread
 from workers.sensitivity import SensitivityTask, measure_layer, sensitivity_key
 
 Document = Callable[..., dict[str, Any]]
@@ -37,15 +38,17 @@ def test_the_images_that_choose_integers_are_not_those_that_judge_them(
     tiny_document: Document, tiny_images: Path, tmp_path: Path
 ) -> None:
     with np.load(tiny_images) as arrays:
-        x, y = arrays["x"], arrays["y"]
+        x, y = arrays["x"][:24], arrays["y"][:24]
+    judging = spread(24, 10)
+    resting = sorted(set(range(24)).difference(judging))
     quantize = {"recipe": "calibrated", "mixed": MIXED}
     found = {}
     for name in ("whole", "other-rest", "other-judges"):
         changed = x.copy()
         if name == "other-rest":
-            changed[10:] = x[10:][::-1]
+            changed[resting] = 255 - x[resting]
         if name == "other-judges":
-            changed[:10] = x[10:20]
+            changed[judging] = 255 - x[judging]
         data = images(tmp_path / f"{name}.npz", changed, y)
         document = tiny_document(
             quantize=quantize, calibration__data=str(data), store__uri=str(tmp_path / f"store-{name}")
