@@ -70,11 +70,12 @@ Plan = Callable[[Request], "Fault | None"]
 @dataclass
 class Proxy:
     """``url``: give it to the client in place of the server's. ``seen``: all requests so far. ``drop``: request headers
-    that do not get through."""
+    that do not get through. ``down``: nothing is forwarded, every connection is reset."""
 
     upstream: str
     plan: Plan = lambda _: None
     drop: frozenset[str] = frozenset()
+    down: bool = False
     seen: list[Request] = field(default_factory=list)
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -119,6 +120,10 @@ def faulty(upstream: str, plan: Plan = lambda _: None, *, tls: ssl.SSLContext | 
         def handle_one(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             request = proxy.note(self.command, self.path, dict(self.headers.items()))
+            if proxy.down:
+                self.close_connection = True
+                _reset(self)
+                return
             fault = proxy.plan(request)
             answer = proxy.forward(request, body)
             _send(self, answer if fault is None else fault(answer))
@@ -171,8 +176,12 @@ def _send(handler: BaseHTTPRequestHandler, answer: Answer) -> None:
     if cut is not None:
         handler.close_connection = True
         if answer.reset:
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            handler.connection.close()
+            _reset(handler)
+
+
+def _reset(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
 
 
 def refuse(status: int, code: str = "", headers: dict[str, str] | None = None) -> Fault:

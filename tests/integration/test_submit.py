@@ -21,15 +21,19 @@ from jobs.record import JobRecord, find_job, requests
 from jobs.spec import JobSpec, parse_spec
 from jobs.submit import Cluster, cancel, job_state, portable, retry, submit, wait
 from storage.memory import MemoryStore
+from storage.registry import Registry
 from storage.uri import open_store
+from tests.faults.proxy import Fault, Request, faulty, refuse
 from tests.integration.ray_head import RayHead, ray_head
+from tests.servers.s3_server import S3Server
+from tests.storage.artifacts import make_draft
 from workers.executor import InProcessExecutor
 
 Document = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[RayHead]:
+def ray(s3_credentials: None) -> Iterator[RayHead]:
     with pytest.MonkeyPatch.context() as patch, ray_head(num_cpus=2) as head:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         yield head
@@ -126,6 +130,47 @@ def test_a_job_leaves_metrics_and_json_logs_with_job_and_layers(
     assert len(stored) == state.end.result.work.units
     layers = {layer for line in stored for layer in line["layers"]}
     assert layers == {layer.name for layer in state.end.result.layers}
+
+
+@pytest.mark.slow
+def test_a_lost_race_for_a_number_and_a_retried_task_are_counted(
+    ray: RayHead, moto_s3: S3Server, tiny_checkpoint: Path
+) -> None:
+    """Somebody publishes version 1 while the driver's own is on its way; a worker hears 503 for what it has stored."""
+    direct = moto_s3.uri(max_attempts=1)
+    theirs = Registry(open_store(direct))
+    draft = make_draft(theirs, name="tiny", groups=1)
+    met: list[str] = []
+
+    def meet(request: Request) -> Fault | None:
+        if request.method != "PUT":
+            return None
+        if "/versions/00000001.json" in request.path and "race" not in met:
+            met.append("race")
+            theirs.publish(draft)
+        if "/units/" in request.path and "retry" not in met:
+            met.append("retry")
+            return refuse(503, "SlowDown")
+        return None
+
+    text = ""
+    with faulty(moto_s3.endpoint_url, meet) as proxy:
+        through = direct.replace(moto_s3.endpoint_url.rpartition(":")[2], proxy.url.rpartition(":")[2])
+        record, _, _ = submit(spec(tiny_checkpoint, through), ray.address)
+
+        def read(_: Any) -> None:
+            nonlocal text
+            with urllib.request.urlopen(ray.metrics, timeout=10) as answer:
+                text += answer.read().decode()
+
+        state = wait(record, on_state=read)
+    assert state.end is not None
+    assert state.end.result is not None, state.end.traceback
+    assert (state.end.result.version, sorted(met)) == (2, ["race", "retry"])
+    assert state.end.result.work.reused >= 1  # it was stored, though the answer said otherwise
+    for outcome in ("created", "lost race"):
+        assert re.search(rf'ray_nestquant_commits(_total)?{{[^}}]*outcome="{outcome}"[^}}]*}} 1', text), outcome
+    assert re.search(r'ray_tasks{[^}]*IsRetry="1"[^}]*}', text)
 
 
 def here_cluster(asked: JobSpec) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from ray.cluster_utils import Cluster
 from jobs.driver import run_job
 from jobs.result import JobResult
 from jobs.spec import parse_spec
+from storage.uri import open_store
+from tests.faults.proxy import faulty
+from tests.servers.s3_server import S3Server
 from workers.executor import InProcessExecutor
 
 NODE = {"num_cpus": 1, "memory": 2_000_000_000, "object_store_memory": 100_000_000}
 START_S = 240
+AWAY_S = 30
 
 
-def document(uri: Path, **cluster: Any) -> dict[str, Any]:
+def document(uri: Path | str, **cluster: Any) -> dict[str, Any]:
     """ResNet-18, 11.7 M random weights, cut into more than a hundred shards: enough to be interrupted in."""
     return {
         "name": "resnet18",
@@ -41,31 +46,40 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
     return run_job(parse_spec(document(uri), where="test"), InProcessExecutor())
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head without CPUs and two nodes of one CPU; drivers are processes of their own."""
+@contextmanager
+def running(nodes: int, **environment: str) -> Iterator[Cluster]:
+    """Run a head without CPUs and nodes of one CPU; drivers are processes of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
-        for _ in range(2):
+        for name, value in {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", **environment}.items():
+            patch.setenv(name, value)
+        head = {**NODE, "num_cpus": 0, "include_dashboard": False, "no_monitor": True}  # it does not grow by itself
+        made = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(nodes):
             made.add_node(wait=False, **NODE)
         yield made
         made.shutdown()
 
 
+@pytest.fixture(scope="module")
+def cluster(s3_credentials: None) -> Iterator[Cluster]:
+    """Two nodes whose workers have the S3 servers' key."""
+    with running(nodes=2) as made:
+        yield made
+
+
 class Driver:
     """``nestquant quantize`` on the cluster, in a process that can be killed."""
 
-    def __init__(self, cluster: Cluster, folder: Path, job: str) -> None:
-        spec = folder / "spec.yaml"
-        spec.write_text(yaml.safe_dump(document(folder / "store", address=cluster.gcs_address)))
-        self.units = folder / "store" / "jobs" / job.removeprefix("sha256:") / "units"
-        command = [sys.executable, "-m", "jobs.cli", "quantize", str(spec), "--json"]
+    def __init__(self, spec: dict[str, Any], folder: Path, job: str, *, units_in: str | None = None) -> None:
+        path = folder / "spec.yaml"
+        path.write_text(yaml.safe_dump(spec))
+        self.store = open_store(units_in or spec["store"]["uri"])
+        self.units = f"jobs/{job.removeprefix('sha256:')}/units/"
+        command = [sys.executable, "-m", "jobs.cli", "quantize", str(path), "--json"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def done(self) -> int:
-        return len(list(self.units.glob("*.json")))
+        return sum(1 for _ in self.store.list(self.units))
 
     def await_units(self, count: int) -> int:
         give_up = time.monotonic() + START_S
@@ -92,7 +106,8 @@ def workers_of(node: Any) -> list[int]:
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_where_it_stopped(cluster: Cluster, undisturbed: JobResult, tmp_path: Path) -> None:
-    first = Driver(cluster, tmp_path, undisturbed.job)
+    spec = document(tmp_path / "store", address=cluster.gcs_address)
+    first = Driver(spec, tmp_path, undisturbed.job)
     first.await_units(undisturbed.work.units // 2)
     first.process.kill()
     first.process.communicate()
@@ -102,15 +117,77 @@ def test_a_killed_driver_goes_on_where_it_stopped(cluster: Cluster, undisturbed:
     time.sleep(2)
     assert first.done() == finished  # its tasks ended with it
 
-    second = Driver(cluster, tmp_path, undisturbed.job).result()
+    second = Driver(spec, tmp_path, undisturbed.job).result()
     assert second.digest == undisturbed.digest
     assert second.work.reused == finished
 
 
 @pytest.mark.slow
+def test_a_store_that_is_away_for_half_a_minute_changes_no_byte(
+    cluster: Cluster, undisturbed: JobResult, moto_s3: S3Server, tmp_path: Path
+) -> None:
+    with faulty(moto_s3.endpoint_url) as proxy:
+        direct = moto_s3.uri()
+        through = direct.replace(moto_s3.endpoint_url.rpartition(":")[2], proxy.url.rpartition(":")[2])
+        spec = document(through, address=cluster.gcs_address)
+        driver = Driver(spec, tmp_path, undisturbed.job, units_in=direct)
+        driver.await_units(20)
+        proxy.down = True
+        time.sleep(2)
+        finished, asked = driver.done(), len(proxy.seen)
+        time.sleep(AWAY_S)
+        assert driver.done() == finished < undisturbed.work.units
+        assert len(proxy.seen) > asked  # it was asked for all the while
+        proxy.down = False
+        result = driver.result()
+    assert result.digest == undisturbed.digest
+    assert result.work.units == undisturbed.work.units
+
+
+@pytest.mark.slow
+def test_lost_messages_change_no_byte_and_nothing_is_done_twice(undisturbed: JobResult, tmp_path: Path) -> None:
+    """Requests to start a task and answers that it is done get lost on their way between driver and workers."""
+    faults = {"num_failures": -1, "req_failure_prob": 5, "resp_failure_prob": 10, "in_flight_failure_prob": 0}
+    lost = {"CoreWorkerService.grpc_client.PushTask": faults}
+    with running(nodes=2, RAY_testing_rpc_failure=json.dumps(lost)) as cluster:
+        spec = document(tmp_path / "store", address=cluster.gcs_address, max_retries=10)
+        result = Driver(spec, tmp_path, undisturbed.job).result()
+    assert result.digest == undisturbed.digest
+    assert result.work.units == undisturbed.work.units
+    assert result.work.reused > 0  # their answer was lost, and the second try found them done
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_and_any_size_of_tasks_give_the_same_bytes(tiny_images: Path, tmp_path: Path) -> None:
+    """Calibrated on images, so that the split of these counts too."""
+
+    def spec(folder: Path, **cluster: Any) -> dict[str, Any]:
+        return {
+            **document(folder / "store", **cluster),
+            "quantize": {"bits": [8, 6, 4], "activations": {"observer": "mse"}},
+            "preprocess": {"size": 64},
+            "calibration": {"data": str(tiny_images), "samples": 40, "batch_size": 4},
+        }
+
+    here = run_job(parse_spec(spec(tmp_path / "here"), where="test"), InProcessExecutor())
+    sizes = {1: 4_000_000, 2: 100_000, 4: 1, 8: 700_000}
+    with running(nodes=0) as cluster:
+        for workers, task_weights in sizes.items():
+            while len(cluster.worker_nodes) < workers:
+                cluster.add_node(wait=False, **NODE)
+            cluster.wait_for_nodes(START_S)
+            folder = tmp_path / str(workers)
+            folder.mkdir()
+            asked = spec(folder, address=cluster.gcs_address, task_weights=task_weights)
+            result = Driver(asked, folder, here.job).result()
+            assert result.digest == here.digest, workers
+            assert result.work.reused == 0
+
+
+@pytest.mark.slow
 def test_a_lost_worker_and_a_lost_node_change_no_byte(cluster: Cluster, undisturbed: JobResult, tmp_path: Path) -> None:
     first, second = cluster.worker_nodes
-    driver = Driver(cluster, tmp_path, undisturbed.job)
+    driver = Driver(document(tmp_path / "store", address=cluster.gcs_address), tmp_path, undisturbed.job)
     driver.await_units(3)
     for pid in workers_of(first):
         os.kill(pid, signal.SIGKILL)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -240,3 +245,36 @@ def test_an_error_inside_the_200_of_a_multipart_upload(store: S3Store, proxy: Pr
     with pytest.raises(StoreUnavailable, match=r"PUT big in s3://.*: InternalError"):
         parts.put("big", BIG, mode="overwrite")
     assert parts.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix).get("Uploads", []) == []
+
+
+_UPLOAD = """
+import signal, sys
+from storage.uri import open_store
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a session in the background ignores it, and so would we
+open_store(sys.argv[1]).put("k", bytes(40 << 20), mode="overwrite")
+"""
+
+
+def test_an_upload_that_is_interrupted_leaves_no_parts(server: S3Server, proxy: Proxy) -> None:
+    """Parts of an upload that nobody completes are billed and never listed among the objects."""
+    direct = server.uri(multipart_bytes=1 << 20)
+    through = direct.replace(server.endpoint_url.rpartition(":")[2], proxy.url.rpartition(":")[2])
+    arrived = threading.Event()
+
+    def hold(request: Request) -> Fault | None:
+        if "partNumber=3" in request.path:
+            arrived.set()
+            time.sleep(1)
+        return None
+
+    proxy.plan = hold
+    process = subprocess.Popen([sys.executable, "-c", _UPLOAD, through], stderr=subprocess.DEVNULL)
+    assert arrived.wait(120)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    store = open_store(direct)
+    assert isinstance(store, S3Store)
+    uploads = store.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    assert uploads.get("Uploads", []) == []
+    assert any(request.method == "DELETE" and "uploadId=" in request.path for request in proxy.seen)
+    assert list(store.list()) == []
