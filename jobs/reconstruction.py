@@ -12,7 +12,7 @@ from storage.manifest import CalibrationRecord
 from storage.registry import Registry
 from workers.errors import DataError, WorkerLost, shown
 from workers.executor import Executor, Gang
-from workers.reconstruct import Begun, Member, MemberTask
+from workers.reconstruct import MAX_INPUTS, Begun, Member, MemberTask
 from workers.solutions import SolvedRecord, find_solved
 from workers.tasks import PieceTask, TaskContext
 
@@ -92,7 +92,7 @@ def chunks_of(calibration: CalibrationSpec) -> list[tuple[int, int]]:
 
 def moments_bytes(layer: PieceTask) -> int:
     """Return the memory that a layer's moments and their solution need in a worker, in bytes (from above)."""
-    return _MATRICES * 8 * layer.groups * layer.inputs**2
+    return _MATRICES * 8 * layer.groups * layer.inputs**2 if layer.inputs <= MAX_INPUTS else 0
 
 
 @dataclass(frozen=True)
