@@ -24,7 +24,8 @@ from jobs.commands.options import console as new_console
 from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.result import JobResult
-from jobs.spec import JobSpec, parse_spec
+from jobs.spec import JobSpec
+from jobs.spec_file import parse_spec
 from workers import zoo
 from workers.checkpoint import save_state
 from workers.tensors import TensorReader, TensorSource

@@ -23,10 +23,8 @@ from jobs.spec import (
     QuantizeSpec,
     Section,
     StoreSpec,
-    parse_as,
-    parse_spec,
-    read_document,
 )
+from jobs.spec_file import parse_as, parse_spec, read_document
 from storage.manifest import ModelName
 from workers.errors import nearest
 

@@ -27,7 +27,9 @@ from storage.registry import Published
 from workers.deadline import deadline
 from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, WorkError
 from workers.executor import Gang
+from workers.gang import RayGang, Seat
 from workers.telemetry import count_commits, observed
+from workers.threads import use_threads
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -70,19 +72,9 @@ class RaySettings:
 
 def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | None) -> R:
     """Run in a worker: as many threads as the task was given, so that neighbours do not fight for cores."""
-    _use_threads(threads)
+    use_threads(threads)
     with deadline(timeout_s):
         return observed(function, item)
-
-
-def _use_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    with contextlib.suppress(ImportError):
-        import numba
-
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
 
 
 class RayExecutor:
@@ -188,27 +180,27 @@ class RayExecutor:
             threads = max(1, int(self.settings.cpus_per_task))
             for index, item in enumerate(items):
                 place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-                made = ray.remote(_Member).options(**options, scheduling_strategy=place)
+                made = ray.remote(Seat).options(**options, scheduling_strategy=place)
                 actors.append(made.remote(member, item, threads))
-            yield _RayGang(self, actors)
+            yield RayGang(actors, self._await)
         finally:
             for actor in actors:
                 ray.kill(actor)
             remove_placement_group(group)
 
-    def _await(self, references: list[Any], *, places: int = 0) -> None:
-        """Wait for all; raise `Stopped` where the work is cancelled, the first failure where one fails.
+    def _await(self, references: Sequence[Any], *, places: int = 0) -> list[Any]:
+        """Wait for all and return what they are.
 
-        With ``places``, wait for as long as the cluster could still give so many at once; else for a task's time-out.
+        Raises `Stopped` where the work is cancelled, the first failure where one fails. With ``places``, wait for as long as the cluster could still give so many at once; else for a task's time-out.
         """
+        found: dict[Any, Any] = {}
         waiting, since = list(references), time.monotonic()
         timeout_s = self.settings.task_timeout_s
         while waiting:
             if self._stopped.is_set():
                 raise Stopped
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
-            for reference in ready:
-                _result(reference, 0)
+            found |= {reference: _result(reference, references.index(reference)) for reference in ready}
             waited_s = time.monotonic() - since
             if places and self.slots >= places:
                 since = time.monotonic()
@@ -216,6 +208,7 @@ class RayExecutor:
                 raise WorkerLost(f"{places} workers are wanted at once; {_largest(_nodes())}.")
             elif not places and timeout_s and waited_s > timeout_s:
                 raise WorkError(f"A step took more than cluster.task_timeout_s, {timeout_s:g} s.")
+        return [found[reference] for reference in references]
 
     def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
         """Yield ``(index, result)`` in the order of completion.
@@ -265,39 +258,6 @@ class RayExecutor:
             _cancel(list(running))
         if failure is not None:
             raise failure
-
-
-class _Member:
-    """An actor around a member of a gang."""
-
-    def __init__(self, member: Callable[[A], Any], item: A, threads: int) -> None:
-        _use_threads(threads)
-        self.member = member(item)
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.member, method)(*args)
-
-    def reduce(self, method: str, args: tuple[Any, ...], *results: Any) -> Any:
-        return getattr(self.member, method)(*args, iter(results))
-
-
-class _RayGang:
-    """A gang of actors; what one returns for another stays in Ray's object store."""
-
-    def __init__(self, executor: RayExecutor, actors: list[Any]) -> None:
-        self.executor, self.actors = executor, actors
-        self.size = len(actors)
-
-    def each(self, method: str, *args: Any) -> list[Any]:
-        references = [actor.call.remote(method, *args) for actor in self.actors]
-        self.executor._await(references)
-        return [_result(reference, index) for index, reference in enumerate(references)]
-
-    def reduce(self, method: str, *args: Any, over: str, calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Any:
-        parts = [self.actors[index].call.remote(over, *given) for index, given in calls]
-        reference = self.actors[0].reduce.remote(method, args, *parts)
-        self.executor._await([reference])
-        return _result(reference, 0)
 
 
 class _Window:

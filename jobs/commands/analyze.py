@@ -42,7 +42,7 @@ def analyze(
     from jobs.analysis_console import print_analysis
 
     if Path(what).suffix.lower() in (".yaml", ".yml", ".json"):
-        from jobs.spec import load_spec
+        from jobs.spec_file import load_spec
 
         changes = parse_changes(change)
         if store is not None:

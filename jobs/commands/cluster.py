@@ -52,7 +52,7 @@ def submit(
 ) -> None:
     """Submit a job to a running cluster. The same job submitted twice is one job."""
     from jobs import submit as service
-    from jobs.spec import load_spec
+    from jobs.spec_file import load_spec
 
     changes = parse_changes(change)
     if store is not None:

@@ -57,7 +57,7 @@ def quantize(
 ) -> None:
     """Quantize a model, publish it, pull it back and measure it."""
     from jobs import console
-    from jobs.spec import load_spec
+    from jobs.spec_file import load_spec
 
     changes = parse_changes(change)
     changes |= _mixed(mean_bits=mean_bits, target_bytes=target_bytes, max_drop=max_drop)

@@ -21,7 +21,7 @@ from typing import Any
 from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from tests.servers.requests import Requests, counted
 from tests.servers.s3_server import ACCESS_KEY, SECRET_KEY, moto
 from workers.checkpoint import random_state, save_state

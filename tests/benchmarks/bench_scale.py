@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.driver import run_job
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from storage.layout import blob_key
 from storage.manifest import parse_manifest
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from jobs.driver import run_job
-from jobs.spec import JobSpec, parse_spec
+from jobs.spec import JobSpec
+from jobs.spec_file import parse_spec
 from nestquant.config import NestConfig
 from storage.digest import digest_bytes
 from storage.manifest import Manifest, canonical_json

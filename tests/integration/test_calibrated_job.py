@@ -17,7 +17,7 @@ from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.events import Event
 from jobs.result import JobResult
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.uri import open_store
@@ -129,7 +129,7 @@ def members() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
-            named = (folder / "cmdline").read_bytes().startswith(b"ray::_Member")
+            named = (folder / "cmdline").read_bytes().startswith(b"ray::Seat")
             if named and parent(parent(int(folder.name))) == os.getpid():
                 found.append(int(folder.name))
     return found

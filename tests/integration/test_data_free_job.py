@@ -11,7 +11,7 @@ import torch
 
 from jobs.driver import run_job
 from jobs.result import JobResult
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.uri import open_store

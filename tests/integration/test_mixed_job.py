@@ -13,7 +13,7 @@ import torch
 from jobs.driver import run_job
 from jobs.errors import PlanError
 from jobs.result import JobResult
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from nestquant.config import NestConfig
 from nestquant.quantize import quantize_weight
 from storage.registry import Registry

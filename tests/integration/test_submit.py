@@ -18,7 +18,8 @@ from jobs.driver import run_job
 from jobs.errors import ClusterError, JobError
 from jobs.identity import request_digest
 from jobs.record import JobRecord, find_job, requests
-from jobs.spec import JobSpec, parse_spec
+from jobs.spec import JobSpec
+from jobs.spec_file import parse_spec
 from jobs.submit import Cluster, cancel, job_state, portable, retry, submit, wait
 from storage.memory import MemoryStore
 from storage.registry import Registry

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from jobs.driver import run_job
 from jobs.result import JobResult
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from storage.uri import open_store
 from tests.faults.proxy import faulty
 from tests.servers.s3_server import S3Server

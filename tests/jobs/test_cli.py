@@ -49,7 +49,7 @@ def spec(tiny_document: Document, tmp_path: Path) -> Path:
 def store(tiny_checkpoint: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with version 1 of ``tiny``."""
     from jobs.driver import run_job
-    from jobs.spec import parse_spec
+    from jobs.spec_file import parse_spec
     from tests.integration.test_job import whole_document
     from workers.executor import InProcessExecutor
 

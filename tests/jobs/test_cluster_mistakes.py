@@ -11,7 +11,8 @@ import pytest
 
 from jobs.errors import ClusterError, JobError
 from jobs.record import JobRecord, find_job
-from jobs.spec import SpecError, parse_spec
+from jobs.spec import SpecError
+from jobs.spec_file import parse_spec
 from jobs.submit import Cluster, cancel
 from storage.memory import MemoryStore
 from workers.errors import NoCluster

@@ -14,7 +14,7 @@ import pytest
 from jobs.driver import prepare
 from jobs.events import StageClock
 from jobs.memory import PROCESS_BYTES
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from workers.errors import DoesNotFit, Need
 from workers.executor import InProcessExecutor
 
@@ -29,7 +29,7 @@ from jobs.calibration import _tasks
 from jobs.driver import prepare
 from jobs.evaluation import measure_tasks
 from jobs.events import StageClock
-from jobs.spec import parse_spec
+from jobs.spec_file import parse_spec
 from storage.manifest import Manifest
 from workers import zoo
 from workers.calibrate import observe

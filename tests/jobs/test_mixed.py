@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from jobs.errors import PlanError, SpecError
 from jobs.mixed import UNITS, LayerChoices, choose_bits, points_per_nat
 from jobs.plan import make_plan
-from jobs.spec import JobSpec, MixedSpec, parse_spec
+from jobs.spec import JobSpec, MixedSpec
+from jobs.spec_file import parse_spec
 from nestquant.surgery import LayerScan, LayerSite
 from workers.sensitivity import Damage, SensitivityRecord
 

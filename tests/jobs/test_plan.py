@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jobs.errors import PlanError
 from jobs.plan import Plan, make_plan
-from jobs.spec import JobSpec, parse_spec
+from jobs.spec import JobSpec
+from jobs.spec_file import parse_spec
 from nestquant.surgery import LayerScan, LayerSite
 from workers.tasks import GroupTask
 

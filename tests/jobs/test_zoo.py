@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from jobs.identity import request_digest
-from jobs.spec import JobSpec, parse_spec
+from jobs.spec import JobSpec
+from jobs.spec_file import parse_spec
 from jobs.zoo import ZooEvent, run_zoo
 from jobs.zoo_ledger import ZooLedger, parse_rows
 from jobs.zoo_row import ZooRow
