@@ -191,7 +191,8 @@ class RayExecutor:
     def _await(self, references: Sequence[Any], *, places: int = 0) -> list[Any]:
         """Wait for all and return what they are.
 
-        Raises `Stopped` where the work is cancelled, the first failure where one fails. With ``places``, wait for as long as the cluster could still give so many at once; else for a task's time-out.
+        Raises `Stopped` where the work is cancelled, the first failure where one fails. With ``places``, wait for as
+        long as the cluster could still give so many at once; else for a task's time-out.
         """
         found: dict[Any, Any] = {}
         waiting, since = list(references), time.monotonic()
@@ -351,13 +352,19 @@ def _result(reference: Any, index: int) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
+        if isinstance(cause, _LOST):  # whoever should have made one of its arguments
+            raise _lost(cause, index) from error
         if isinstance(cause, Exception):
             raise cause from error
         raise
     except _LOST as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise WorkerLost(
-            f"Task {index} lost its worker once too often ({type(error).__name__}: {first_line}). Too little memory "
-            "(store.shard_bytes, cluster.cpus_per_task) or a task stuck beyond cluster.task_timeout_s are the usual "
-            "causes; finished units are kept, the same command goes on from there."
-        ) from error
+        raise _lost(error, index) from error
+
+
+def _lost(error: BaseException, index: int) -> WorkerLost:
+    first_line = str(error).strip().splitlines()[0]
+    return WorkerLost(
+        f"Task {index} lost its worker once too often ({type(error).__name__}: {first_line}). Too little memory "
+        "(store.shard_bytes, cluster.cpus_per_task) or a task stuck beyond cluster.task_timeout_s are the usual "
+        "causes; finished units are kept, the same command goes on from there."
+    )
