@@ -23,6 +23,8 @@ from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
 from jobs.spec import parse_spec
+from storage.blob_store import BlobStore
+from storage.uri import open_store
 from tests.servers.requests import Requests, counted
 from tests.servers.s3_server import ACCESS_KEY, SECRET_KEY, moto
 from workers import remote
@@ -34,6 +36,7 @@ TASKS = 3000
 DEEP = 1000
 JOBS = 5
 REPEATS = 3
+HEADS = 300
 SMALL = ("timm", "test_resnet")  # 0.37 M weights
 LARGE = ("timm", "resnet50")  # 25.5 M weights
 BURST = 16  # tasks that find out how many workers there are, and import torch in them
@@ -128,7 +131,19 @@ def requests() -> None:
                     marks.append((event.stage, len(sent)))
 
             result = run_job(parse_spec(document, where="bench"), Elsewhere(), listen)
+            mine = len(sent)
+            cpu = _head_cpu_s(open_store(document["store"]["uri"]))
+            del sent.sent[mine:]
         _print_requests(f"{arch}: {result.sizes.weights:,} weights, {result.work.units} units", sent, marks)
+        print(f"    a HEAD costs this process {1e3 * cpu:.2f} ms CPU: a core asks {1 / cpu:.0f} a second")
+
+
+def _head_cpu_s(store: BlobStore) -> float:
+    """Return the CPU seconds of one small request."""
+    begin = time.process_time()
+    for _ in range(HEADS):
+        store.exists("models/bench/versions/00000001.json")
+    return (time.process_time() - begin) / HEADS
 
 
 def _print_requests(title: str, sent: Requests, marks: list[tuple[str, int]]) -> None:
