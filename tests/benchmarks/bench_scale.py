@@ -4,7 +4,8 @@ Vision transformers on a cluster of a head without CPUs and two nodes of one CPU
 files: everything goes through the store, a local folder. Each job is a process of its own. It runs twice, in two
 stores: with random weights, which a worker makes, and with those weights as a checkpoint of the driver's. Printed: peak
 resident memory of the driver and of the largest worker, seconds by stage, bytes. A billion weights want 12 GB of memory
-and 16 GB of disk; name an ARCH (``vit_giant_patch14_224``) to run one size alone.
+and 16 GB of disk; name an ARCH (``vit_giant_patch14_224``) to run one size alone. ``--stage ARCH ...``, from small to
+large, does in one process what a driver does before any unit.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.driver import run_job
-from jobs.spec_file import parse_spec
 from storage.layout import blob_key
 from storage.manifest import parse_manifest
 
@@ -42,17 +43,23 @@ def main(names: list[str]) -> None:
     """Print a line for each model and source of weights."""
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     os.environ.setdefault("RAY_worker_niceness", "0")  # as the driver, on a machine that others use too
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(wait=True, **NODE) for _ in range(2)]
-        raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+    with cluster() as (address, raylets):
         for name in names or ARCHS:
             with tempfile.TemporaryDirectory(prefix="nestquant-scale-") as scratch:
-                _measure(name, Path(scratch), cluster.gcs_address, raylets)
+                _measure(name, Path(scratch), address, raylets)
+
+
+@contextmanager
+def cluster() -> Iterator[tuple[str, list[int]]]:
+    """Start a head without CPUs and two nodes of one CPU, and yield its address and the raylets that start workers."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [made.add_node(wait=True, **NODE) for _ in range(2)]
+        yield str(made.gcs_address), [node.all_processes["raylet"][0].process.pid for node in nodes]
     finally:
-        cluster.shutdown()
+        made.shutdown()
 
 
 def _measure(name: str, folder: Path, address: str, raylets: list[int]) -> None:
@@ -77,14 +84,15 @@ def _run(name: str, store: Path, weights: dict[str, Any], address: str, raylets:
         "store": {"uri": str(store)},
         "cluster": {"address": address},
     }
-    watch = _Workers(raylets)
     load = os.getloadavg()[0]
     command = [sys.executable, "-m", "tests.benchmarks.bench_scale", "--driver", json.dumps(spec)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S, check=False)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watch = _Workers([process.pid, *raylets])
+    output, errors = process.communicate(timeout=JOB_S)
     worker_peak = watch.stop()
-    if ended.returncode != 0:
-        raise SystemExit(f"{name}: {ended.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(ended.stdout)
+    if process.returncode != 0:
+        raise SystemExit(f"{name}: {errors[-3000:]}")
+    found: dict[str, Any] = json.loads(output)
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in found["seconds"].items() if seconds >= 0.05)
     print(
         f"{name} ({next(iter(weights))}): {found['weights'] / 1e6:.1f} M weights, {found['units']} units, "
@@ -100,6 +108,8 @@ def _run(name: str, store: Path, weights: dict[str, Any], address: str, raylets:
 
 def driver(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the job in this process and tell what it took."""
+    from jobs.driver import run_job
+    from jobs.spec_file import parse_spec
     from workers.remote import RayExecutor, RaySettings
 
     with RayExecutor(RaySettings(address=spec["cluster"]["address"])) as executor:
@@ -123,6 +133,56 @@ def driver(spec: dict[str, Any]) -> dict[str, Any]:
         "peak_anonymous": anonymous,
         "cpu": cpu,
     }
+
+
+def staging(name: str) -> str:
+    """Do in this process what a driver does before any unit, with a checkpoint of zeros (a sparse file): digest, copy
+    into the store, header, plan. Return one line on it.
+    """
+    from jobs.driver import prepare
+    from jobs.events import StageClock
+    from jobs.spec_file import parse_spec
+    from jobs.stage import outline
+    from workers.executor import InProcessExecutor
+
+    class Elsewhere(InProcessExecutor):
+        same_machine = False
+
+    with tempfile.TemporaryDirectory(prefix="nestquant-scale-") as scratch:
+        checkpoint = Path(scratch) / "zeros.safetensors"
+        arch, kwargs = ARCHS[name]
+        spec = parse_spec(
+            {
+                "name": "scale",
+                "model": {"library": "timm", "arch": arch, "kwargs": kwargs, "checkpoint": str(checkpoint)},
+                "store": {"uri": str(Path(scratch) / "store")},
+            },
+            where="bench_scale",
+        )
+        size = _write_zeros(checkpoint, outline(spec.model).state_dict())
+        before, cpu, watch, clock = _memory("self")["VmRSS"], time.process_time(), _Own(), StageClock(lambda _: None)
+        prepared = prepare(spec, Elsewhere(), Path(scratch), clock)
+        cpu, anonymous = time.process_time() - cpu, watch.stop()
+    return (
+        f"{name}, before any unit: {size / 1e6:.0f} MB staged, {len(prepared.plan.groups) + len(prepared.plan.base)} "
+        f"units planned, driver {before / 1e6:.0f} MB before, peak {_memory('self')['VmHWM'] / 1e6:.0f} MB "
+        f"({anonymous / 1e6:.0f} MB of its own), {cpu:.1f} s CPU, stage {clock.seconds['stage']:.1f} s, "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
+
+
+def _write_zeros(path: Path, state: Mapping[str, Any]) -> int:
+    """Write a safetensors file of zeros and return its length; the data is a hole."""
+    header, offset = dict[str, Any](), 0
+    for name, tensor in state.items():
+        kind = {"torch.float32": "F32", "torch.int64": "I64"}[str(tensor.dtype)]
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        return file.truncate(8 + len(text) + offset)
 
 
 def _import_all() -> None:
@@ -173,21 +233,27 @@ class _Own(_Watch):
 
 
 class _Workers(_Watch):
-    """The resident memory of the largest process that the raylets started."""
+    """The resident memory of the largest worker: a process that a raylet, or the driver itself, started."""
 
-    def __init__(self, raylets: list[int]) -> None:
-        self.raylets = raylets
+    def __init__(self, parents: list[int]) -> None:
+        self.parents = parents
         super().__init__()
 
     def figure(self) -> int:
-        children = [
-            pid for raylet in self.raylets for pid in Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
-        ]
-        return max((_memory(pid).get("VmRSS", 0) for pid in children), default=0)
+        return max((_memory(pid).get("VmRSS", 0) for pid in self._workers()), default=0)
+
+    def _workers(self) -> Iterator[int]:
+        for parent in self.parents:
+            for children in Path(f"/proc/{parent}/task").glob("*/children"):  # a pool starts its processes in a thread
+                with suppress(OSError):
+                    yield from map(int, children.read_text().split())
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--driver"]:
         print(json.dumps(driver(json.loads(sys.argv[2]))))
+    elif sys.argv[1:2] == ["--stage"]:
+        for arch in sys.argv[2:]:
+            print(staging(arch), flush=True)
     else:
         main(sys.argv[1:])
