@@ -86,10 +86,11 @@ class Known:
         recipe: str = "paper",
         observer: str = OBSERVER,
         activation_bits: int = 8,
+        samples: int | None = None,
     ) -> JobSpec:
         """Return the job of one row."""
         activations = {"bits": activation_bits, "observer": observer}
-        samples = self.calibrated_samples if recipe == "calibrated" else SAMPLES
+        samples = samples or (self.calibrated_samples if recipe == "calibrated" else SAMPLES)
         document = {
             "name": self.name,
             "model": {

@@ -9,9 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from jobs.errors import ClusterError, JobError
+from jobs.errors import ClusterError, JobError, SpecError
 from jobs.record import JobRecord, find_job
-from jobs.spec import SpecError
 from jobs.spec_file import parse_spec
 from jobs.submit import Cluster, cancel
 from storage.memory import MemoryStore
