@@ -62,8 +62,9 @@ PEERS = (
         "brevitas",
         "brevitas_ptq",
         (
-            Recipe("gptq", (4, 8), {"batch": 32, "grid": "sym", "range": "mse", "equalize": 20}),
-            Recipe("ptq", (4,), {"batch": 32, "grid": "sym", "range": "mse", "equalize": 20}),
+            Recipe("gptq", (4,), {"batch": 32, "grid": "sym", "range": "mse", "equalize": 20}),
+            Recipe("gptq-asym", (4,), {"batch": 32, "grid": "asym", "range": "mse", "equalize": 20}),
+            Recipe("gptq-plain", (4, 8), {"batch": 32, "grid": "asym", "range": "mse", "equalize": 0}),
         ),
     ),
     Peer(
@@ -71,6 +72,7 @@ PEERS = (
         "mct",
         (
             Recipe("ptq", (4, 8), {"batch": 32, "grid": "symmetric"}),
+            Recipe("ptq-uniform", (4,), {"batch": 32, "grid": "uniform"}),
             Recipe("gradient", (4,), {"batch": 32, "grid": "symmetric"}, {"epochs": 20}, {"epochs": 5}),
         ),
     ),
@@ -215,6 +217,7 @@ def main() -> None:
             for asked, answer in measure(peer, tasks) if tasks else ():
                 row = {key: asked[key] for key in ("model", "recipe", "bits", "samples", "settings")}
                 row = {"peer": peer.name} | row | answer
+                results = load()  # another run may have written in the meantime
                 if "float" in answer:
                     found = (row.pop("float"), answer["images"])
                     assert found == floats[model.name], f"{peer.name} {model.name}: float {found}"

@@ -70,15 +70,18 @@ def test_a_row_that_stands_is_not_measured_again(monkeypatch: pytest.MonkeyPatch
     first = list(missing(results, peer, model))
     assert [(task["recipe"], task["bits"], task["check_float"]) for task in first] == [
         ("gptq", 4, True),
-        ("gptq", 8, False),
-        ("ptq", 4, False),
+        ("gptq-asym", 4, False),
+        ("gptq-plain", 4, False),
+        ("gptq-plain", 8, False),
     ]
-    row = {key: first[0][key] for key in ("model", "recipe", "bits", "settings")} | {"peer": peer.name}
+    row = {key: first[2][key] for key in ("model", "recipe", "bits", "settings")} | {"peer": peer.name}
     results = {"float": {peer.name: {model.name: 915}}, "rows": [row]}
-    assert [(task["recipe"], task["bits"]) for task in missing(results, peer, model, ["gptq"])] == [("gptq", 8)]
-    results["rows"][0]["settings"] = row["settings"] | {"equalize": 0}
-    assert [task["bits"] for task in missing(results, peer, model, ["gptq"])] == [4, 8]
-    assert [task["recipe"] for task in missing(results, peer, model, width=8)] == ["gptq"]
+    assert [(task["recipe"], task["bits"]) for task in missing(results, peer, model, ["gptq-plain"])] == [
+        ("gptq-plain", 8)
+    ]
+    results["rows"][0]["settings"] = row["settings"] | {"equalize": 5}
+    assert [task["bits"] for task in missing(results, peer, model, ["gptq-plain"])] == [4, 8]
+    assert [task["recipe"] for task in missing(results, peer, model, width=8)] == ["gptq-plain"]
 
 
 def test_the_table_sets_ours_beside_the_best_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

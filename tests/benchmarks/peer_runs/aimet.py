@@ -16,6 +16,7 @@ from aimet_torch.common.defs import QuantScheme
 from aimet_torch.common.quantsim_config.utils import get_path_for_per_channel_config
 from aimet_torch.cross_layer_equalization import equalize_model
 from aimet_torch.model_preparer import prepare_model
+from aimet_torch.nn import BaseQuantizationMixin
 from aimet_torch.quantsim import QuantizationSimModel
 from aimet_torch.seq_mse import apply_seq_mse
 from aimet_torch.utils import remove_activation_quantizers, remove_param_quantizers
@@ -58,7 +59,8 @@ def _simulated(prepared: nn.Module, one: torch.Tensor, scheme: QuantScheme, bits
         config_file=get_path_for_per_channel_config(),
     )
     remove_activation_quantizers(sim.model)
-    remove_param_quantizers([module for module in sim.model.modules() if not isinstance(module, PRODUCTS)])
+    quantized = [module for module in sim.model.modules() if isinstance(module, BaseQuantizationMixin)]
+    remove_param_quantizers([module for module in quantized if not isinstance(module, PRODUCTS)])
     return sim
 
 

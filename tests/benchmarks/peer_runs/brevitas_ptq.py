@@ -1,8 +1,9 @@
-"""AMD's Brevitas: nearest (``ptq``) and error feedback (``gptq``), by the functions of its own ImageNet example.
+"""AMD's Brevitas: error feedback (``gptq``) by the functions of its own ImageNet example.
 
-Weights alone, per channel, the same bits in every layer. Each recipe: BatchNorm folded and layers equalized
-(``settings["equalize"]`` passes, 20 in the example's best configurations), ranges by squared error or by statistics,
-bias correction at the end. ``gptq`` rounds in between, columns in the order of their inputs' energy.
+Weights alone, per channel, the same bits in every layer: BatchNorm folded, layers equalized (``settings["equalize"]``
+passes, 20 in the example's best configurations), ranges by squared error, rounding with error feedback in the order of
+the inputs' energy, bias correction. ``gptq`` is symmetric, ``gptq-asym`` has zero points, ``gptq-plain`` has them and
+no equalization.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ def quantize(task: Task, network: nn.Module) -> nn.Module:
     with torch.no_grad():
         quantized(images[0][0])
     calibrate(images, quantized)
-    if task.recipe == "gptq":
-        apply_gptq(images, quantized, act_order=True)
+    apply_gptq(images, quantized, act_order=True)
     apply_bias_correction(images, quantized)
     return quantized
 

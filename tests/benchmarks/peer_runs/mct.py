@@ -1,9 +1,9 @@
 """Sony's model-compression-toolkit: post-training quantization (``ptq``) and its learned rounding (``gradient``).
 
 Weights alone, per channel, the same bits in every layer: a target platform of our own says so, as its documentation
-does it. ``ptq``: ranges by least squared error and bias correction, its defaults. ``gradient``, which it calls GPTQ: on
-top of it learned rounding and biases, all layers weighted alike, its default optimizers, ``settings["epochs"]`` passes
-over the calibration images.
+does it. ``ptq``: ranges by least squared error and bias correction, its defaults, symmetric; ``ptq-uniform`` has zero
+points. ``gradient``, which it calls GPTQ: on top of ``ptq`` learned rounding and biases, all layers weighted alike, its
+default optimizers, ``settings["epochs"]`` passes over the calibration images.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def quantize(task: Task, network: nn.Module) -> nn.Module:
     method = QuantizationMethod[task.settings["grid"].upper()]
     core = mct.core.CoreConfig(quantization_config=mct.core.QuantizationConfig())
     target = platform(task.bits, method)
-    if task.recipe == "ptq":
+    if task.recipe.startswith("ptq"):
         quantized, _ = mct.ptq.pytorch_post_training_quantization(
             network, representative, core_config=core, target_platform_capabilities=target
         )
