@@ -16,7 +16,7 @@ Weights only, one scale for each output channel, the same bits in every layer, t
 Each peer quantizes once for each width; ours is one model, {nesting}: its part-bit mode stands beside the
 peers' INT4, its full-bit mode beside their INT8. Same images for all: calibration on the first {samples} of the
 separate calibration images, top-1 over the whole evaluation sets, counted by our own `workers.evaluate`, with torch
-{torch}. In every peer's environment the float network gives the very count of right answers that the test data's
+{torch}. In every peer's environment the float network gave the very count of right answers that the test data's
 README states: asserted. That every weight lies on a grid of the width asked for is read off the tensors that reach each
 convolution and product in a forward pass.
 ± is one standard error of a top-1; the difference of two models on the same images has a smaller one.
@@ -24,6 +24,20 @@ convolution and product in a forward pass.
 `make peers` measures what is missing and writes this; `python -m tests.benchmarks.peers --table` only writes it,
 from `peers.json` and our rows in `recipes.json`. Nothing here chose a setting of ours.
 """
+# Found by hand when the peers were chosen, with the versions pinned beside this file.
+NOTES = (
+    "- amd-quark 0.13 installs, but `import quark.torch` ends in `ModuleNotFoundError: No module named "
+    "'transformers'`, which its metadata does not ask for; not taken further.",
+    "- Not run for want of time on a busy machine: Brevitas' learned rounding (it also needs `accelerate`), AIMET's "
+    "AdaRound (`adaround`) and model-compression-toolkit's `gradient`. The two latter stand in the scripts.",
+    "- model-compression-toolkit's default for `gradient`, layers weighted by each image's Hessian, was broken off on "
+    "ResNet-20 after minutes on the first of its eight batches; the script switches the weighting off.",
+    "- pytorchcv names its classifier `output`, which model-compression-toolkit takes for the end of the traced graph "
+    "(`x is among the graph inputs; however, it cannot be removed without providing a new input`): the network is "
+    "wrapped in a `Sequential` for it.",
+    "- The network that AIMET's AdaRound returns is rounded softly: 20 of ResNet-20's 22 weights lay on no 4-bit grid. "
+    "The script goes on as its documentation does, with the ranges that AdaRound wrote.",
+)
 
 
 def write_table(results: dict[str, Any], floats: dict[str, tuple[int, int]], recipe: str) -> None:
@@ -46,9 +60,13 @@ def write_table(results: dict[str, Any], floats: dict[str, tuple[int, int]], rec
         "average at the end of the row; two cores): an upper bound. Memory includes Python, torch and the "
         "peer itself.",
         "",
-        "## What does not quantize these networks to the width asked for",
+        "## What fell short of the width asked for, or failed",
         "",
         *_short(rows, whole),
+        "",
+        "## Notes",
+        "",
+        *NOTES,
         "",
         "## Settings",
         "",
