@@ -124,7 +124,7 @@ def test_the_table_sets_ours_beside_the_best_peer(tmp_path: Path, monkeypatch: p
     assert "| resnet20_cifar10 | INT4 | ours, part-bit of 8 over 4 | calibrated | 91.7 ± 0.9 | 400 | - | - |" in written
     assert "| resnet20_cifar10 | INT4 | brevitas 1.2 | gptq | 91.0 ± 0.9 | 3 | 512 | 1.5 |" in written
     assert (
-        "- resnet20_cifar10: nncf 1.2 `all` INT4: 3 of 4 convolutions and products have weights on no grid of 16 "
-        "values (top-1 91.7 ± 0.9)"
+        "- resnet20_cifar10: nncf 1.2 `all` INT4: 3 of 4 convolutions and products have weights on no even grid of 16 "
+        "values a channel (top-1 91.7 ± 0.9)"
     ) in written
     assert "- resnet20_cifar10: torchao 1.2 `intx` INT4: TypeError: no" in written
