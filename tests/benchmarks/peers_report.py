@@ -29,12 +29,13 @@ NOTES = (
     "- torchao quantizes convolutions too, with a scale for each output channel and place of the kernel (nine times as "
     "many for 3x3): finer than a channel, so that its rows stand apart.",
     "- nncf's `compress_weights` at INT4 asks for 4 bits in products and embeddings alone, so its source says; "
-    "the first eight of ResNet-20 hold up to 110 values a channel at either width. At INT8 that fits the width, but the "
-    "values are not evenly spaced to 2e-3 of a step; why was not looked into.",
+    "the first eight of ResNet-20 hold up to 110 values a channel at either width. At INT8 that fits the width, but "
+    "the values are not evenly spaced to 2e-3 of a step; why was not looked into.",
     "- amd-quark 0.13 installs, but `import quark.torch` ends in `ModuleNotFoundError: No module named "
     "'transformers'`, which its metadata does not ask for; not taken further.",
     "- Not run for want of time on a busy machine: Brevitas' learned rounding (it also needs `accelerate`), AIMET's "
-    "AdaRound (`adaround`) and model-compression-toolkit's `gradient`. The two latter stand in the scripts, untried to the end.",
+    "AdaRound (`adaround`) and model-compression-toolkit's `gradient`. The two latter stand in the scripts, "
+    "untried to the end.",
     "- model-compression-toolkit's default for `gradient`, layers weighted by each image's Hessian, was broken off on "
     "ResNet-20 after minutes on the first of its eight batches; the script switches the weighting off.",
     "- pytorchcv names its classifier `output`, which model-compression-toolkit takes for the end of the traced graph "
