@@ -12,7 +12,10 @@ DATA ?=
 CALIBRATION ?=
 BITS ?= [8,4]
 
-.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival tables clean help
+# Other quantizers that ours is measured beside, each in an environment of its own.
+PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
+
+.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival tables peers clean help
 
 help:
 	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
@@ -22,6 +25,7 @@ help:
 	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
 	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
+	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
 
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say make PYTHON=/path/to/python3.11")'
@@ -72,5 +76,13 @@ tables: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.size_table
 	$(BIN)/python -m tests.benchmarks.readme_tables
 
+.peers/%/.ready: tests/benchmarks/peers-%.txt $(BIN)/.ready
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .peers/$*
+	$(BIN)/uv pip install --quiet --python .peers/$*/bin/python --requirement $<
+	touch $@
+
+peers: $(BIN)/.ready $(PEERS:%=.peers/%/.ready)
+	$(BIN)/python -m tests.benchmarks.peers
+
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .peers .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

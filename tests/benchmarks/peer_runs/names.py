@@ -1,0 +1,3 @@
+"""What a peer's script and the one who asks it agree on."""
+
+ANSWER = "peer answer: "
