@@ -124,6 +124,32 @@ def recipes_table(document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def summary(document: dict[str, Any]) -> list[str]:
+    """Return the README's table: part-bit by recipe, full-bit of ``calibrated``, weights only."""
+    rows = {(row["model"], _label(row), row.get("recipe", "paper")): row for row in document["rows"]}
+    published = _published()
+    lines = [
+        f"| model, float top-1 | nesting | part-bit: published | {' | '.join(f'`{name}`' for name in RECIPES)} | "
+        "full-bit: `calibrated` |",
+        "| --- | --- |" + " ---: |" * (len(RECIPES) + 2),
+    ]
+    for model, count in document["float_top1"].items():
+        if "first" in model:
+            continue
+        first = f"{model}, {100 * count['correct'] / count['total']:.1f}"
+        theirs = published.get(model) or published.get(f"{model}, first 300 images", {"rows": {}})
+        for label in ("8|6", "8|4", "8|3"):
+            of_recipe = [rows.get((model, label, recipe)) for recipe in RECIPES]
+            given = theirs["rows"].get(label)
+            cells = [first, label.replace("|", "\\|"), "" if given is None else f"{given['part']:.1f}"]
+            cells += ["" if row is None else f"{_top1(row, 'part'):.1f}" for row in of_recipe]
+            ours = of_recipe[-1]
+            cells.append("" if ours is None else f"{_top1(ours, 'full'):.1f}")
+            lines.append(f"| {' | '.join(cells)} |")
+            first = ""
+    return lines
+
+
 def _published() -> dict[str, Any]:
     models: dict[str, Any] = json.loads(PUBLISHED.read_text())["models"]
     return models
