@@ -246,7 +246,7 @@ def test_a_job_whose_cluster_is_gone_is_lost_until_it_has_left_its_end(tiny_chec
     assert (state.status, state.progress and state.progress.done) == ("LOST", 3)
     assert requests(store) == [record.request]
     assert find_job(store, record.request[7:15]).request == record.request
-    with pytest.raises(JobError, match="give 6 digits or more"):
+    with pytest.raises(JobError, match="6 or more of its digits"):
         find_job(store, record.request[7:10])
 
 
