@@ -32,6 +32,7 @@ PENDING_TIMEOUT_S = 600.0
 _POLL_S = 1.0
 _AGENT_TIMEOUT_S = 120.0
 _NO_AGENT = "No available agent"
+_EXISTS = "already exists"
 _EXAMPLE = "http://head:8265"
 
 
@@ -83,10 +84,14 @@ class Cluster:
             raise ClusterError(f"{self.address} could not be {what}: {_first_line(error)}.") from error
 
     def start(self, record: JobRecord, attempt: Attempt) -> None:
-        """Submit one attempt."""
+        """Submit one attempt.
+
+        A head that has just started answers before its job agent does, and its dashboard may hang up meanwhile: then
+        the job is submitted again under the same name, and one that turns out to be there is the one meant.
+        """
         words = ["python", "-m", "jobs.entry", record.store.uri, record.request, str(attempt.number)]
         modules = [str(Path(str(importlib.import_module(name).__file__)).parent) for name in PACKAGES]
-        deadline = time.monotonic() + _AGENT_TIMEOUT_S
+        deadline, unanswered = time.monotonic() + _AGENT_TIMEOUT_S, False
         while True:
             try:
                 self.client.submit_job(
@@ -97,8 +102,11 @@ class Cluster:
                 )
                 return
             except Exception as error:  # the client raises RuntimeError, ConnectionError and requests' own
-                # A head that has just started answers before its job agent does.
-                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                if unanswered and _EXISTS in str(error):
+                    return
+                lost = isinstance(error, OSError)  # ConnectionError, and the HTTP client's own
+                unanswered = unanswered or lost
+                if not (lost or _NO_AGENT in str(error)) or time.monotonic() > deadline:
                     raise ClusterError(f"{self.address} refused the job: {_first_line(error)}.") from error
             time.sleep(_POLL_S)
 
