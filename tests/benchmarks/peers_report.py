@@ -14,11 +14,12 @@ INTRODUCTION = """# Ours beside other quantizers, INT4 and INT8 weights
 
 Weights only, one scale for each output channel, the same bits in every layer, the first and the last included.
 Each peer quantizes once for each width; ours is one model, {nesting}: its part-bit mode stands beside the
-peers' INT4, its full-bit mode beside their INT8. Calibration on the separate calibration images: the peers on the first
-{samples} of them, ours on 1,000 spread over the set (SqueezeNet: 500), which helps it. The same images are evaluated for
-all, the whole evaluation sets, counted by our own `workers.evaluate`, with torch {torch}. In every peer's environment the float network gave the very count of right answers that the test data's
-README states: asserted. That every weight lies on a grid of the width asked for is read off the tensors that reach each
-convolution and product in a forward pass.
+peers' INT4, its full-bit mode beside their INT8. Calibration on the separate calibration images: the peers on the
+first {samples} of them, ours on 1,000 spread over the set (SqueezeNet: 500), which helps it. The same images are
+evaluated for all, the whole evaluation sets, counted by our own `workers.evaluate`, with torch {torch}. In every
+peer's environment the float network gave the very count of right answers that the test data's README states: asserted.
+That every weight lies on a grid of the width asked for is read off the tensors that reach each convolution and product
+in a forward pass.
 ± is one standard error of a top-1; the difference of two models on the same images has a smaller one.
 
 `make peers` measures what is missing and writes this; `python -m tests.benchmarks.peers --table` only writes it,
