@@ -8,6 +8,7 @@ without its tags.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from jobs.calibration import Calibrated, calibrate
 from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
-from jobs.memory import task_needs
+from jobs.memory import member_need, task_needs
 from jobs.mixed import MixedRecord, mixed_bits
 from jobs.plan import Plan, make_plan
 from jobs.reconstruction import Reconstructed, reconstruct
@@ -57,6 +58,7 @@ class Prepared:
     plan: Plan
     calibration_digest: str | None
     needs: Mapping[str, Need]
+    image_bytes: int
     job: str
 
     @property
@@ -85,10 +87,10 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
     with clock.stage("plan"):
         plan = _plan(spec, staged)
-    needs = task_needs(spec, staged, plan, image_bytes=image_bytes, slots=executor.slots)
+    needs = task_needs(spec, staged, plan, executor, image_bytes=image_bytes)
     executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
     job = spec.identity(source_digest=staged.source_digest, calibration_digest=calibration_digest)
-    return Prepared(registry, staged, plan, calibration_digest, needs, job)
+    return Prepared(registry, staged, plan, calibration_digest, needs, image_bytes, job)
 
 
 def _plan(spec: JobSpec, staged: Staged, high_bits: Mapping[str, int] | None = None) -> Plan:
@@ -274,7 +276,9 @@ def _reconstruct(spec: JobSpec, prepared: Prepared, executor: Executor, clock: S
         executor,
         registry=prepared.registry,
         context=prepared.context,
-        memory_bytes=prepared.needs["reconstruct"].memory_bytes,
+        need_of=functools.partial(
+            member_need, prepared.staged, prepared.plan, spec.calibration, image_bytes=prepared.image_bytes
+        ),
         on_done=clock.progress("reconstruct"),
     )
 

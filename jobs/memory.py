@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from jobs.plan import Plan
-from jobs.reconstruction import chunks_of, moments_bytes
+from jobs.reconstruction import chunks_of, gang_size, moments_bytes
 from jobs.sensitivity import sensitivity_bytes
 from jobs.spec import CalibrationSpec, JobSpec
 from jobs.stage import Staged
@@ -16,6 +17,7 @@ from jobs.synthesis import CHUNK, SAMPLES
 from nestquant.config import NestConfig
 from workers.calibrate import NOISE_BATCH
 from workers.errors import Need
+from workers.executor import Executor
 
 PROCESS_BYTES = 480_000_000
 """A worker that has imported Ray, torch, timm and pytorchcv and done nothing yet, pages of shared libraries left out:
@@ -29,11 +31,11 @@ _BYTES_TO_UNPACK = 12
 """For each weight of a layer while it is unpacked: integers of two levels, two float weights."""
 
 
-def task_needs(spec: JobSpec, staged: Staged, plan: Plan, *, image_bytes: int, slots: int) -> dict[str, Need]:
+def task_needs(spec: JobSpec, staged: Staged, plan: Plan, executor: Executor, *, image_bytes: int) -> dict[str, Need]:
     """Return what a task of each stage that the job has needs, in the order of the stages.
 
-    ``image_bytes`` is what the largest image set keeps in memory, ``slots`` how many tasks can run at once: so many
-    share the images of the stage ``reconstruct``.
+    ``image_bytes`` is what the largest image set keeps in memory; by ``executor`` follows how many members share the
+    images of the stage ``reconstruct``.
     """
     needs = []
     if spec.measures_layers:
@@ -47,9 +49,9 @@ def task_needs(spec: JobSpec, staged: Staged, plan: Plan, *, image_bytes: int, s
         batch = NOISE_BATCH if noise or calibration is None else min(calibration.batch_size, calibration.samples)
         needs.append(Need("calibrate", network + batch * forward, "calibration.batch_size"))
     if plan.solved_layers:
-        made = CalibrationSpec(data="", samples=SAMPLES, batch_size=CHUNK)
-        held = _member_bytes(staged, plan, calibration or made, forward, slots)
-        needs.append(Need("reconstruct", network + held, "calibration.samples"))
+        images = calibration or CalibrationSpec(data="", samples=SAMPLES, batch_size=CHUNK)
+        need_of = functools.partial(member_need, staged, plan, images, image_bytes=image_bytes)
+        needs.append(need_of(gang_size(executor, images, need_of)))
     blobs = _SHARD_COPIES * spec.store.shard_bytes
     needs.append(Need("quantize", PROCESS_BYTES + plan.task_bytes + blobs, "store.shard_bytes"))
     if measured is not None:
@@ -59,15 +61,18 @@ def task_needs(spec: JobSpec, staged: Staged, plan: Plan, *, image_bytes: int, s
     return {need.stage: need for need in needs}
 
 
-def _member_bytes(staged: Staged, plan: Plan, calibration: CalibrationSpec, forward: int, slots: int) -> int:
-    """What a member of the gang holds: its images halted in mid-forward in every lane, a network a lane, moments."""
+def member_need(staged: Staged, plan: Plan, calibration: CalibrationSpec, members: int, *, image_bytes: int) -> Need:
+    """Return what one of so many members of the gang holds: its images halted in mid-forward in every lane, a network a
+    lane, the moments of the largest layer.
+    """
     layers = plan.solved_layers
     lanes = 1 + max(len(layer.bits) for layer in layers)
     chunks = chunks_of(calibration)
     largest = max(stop - start for start, stop in chunks)
-    images = min(calibration.samples, largest * math.ceil(len(chunks) / min(slots, len(chunks))))
+    images = min(calibration.samples, largest * math.ceil(len(chunks) / members))
     moments = max(moments_bytes(layer) for layer in layers)
-    return moments + (lanes - 1) * _network_bytes(staged) + images * lanes * forward
+    held = lanes * (_network_bytes(staged) + images * (staged.activation_bytes + 2 * _input_bytes(staged)))
+    return Need("reconstruct", PROCESS_BYTES + SLACK_BYTES + image_bytes + moments + held, "calibration.samples")
 
 
 def _network_bytes(staged: Staged) -> int:

@@ -10,7 +10,7 @@ from jobs.spec import CalibrationSpec, JobSpec
 from jobs.stage import Staged
 from storage.manifest import CalibrationRecord
 from storage.registry import Registry
-from workers.errors import DataError, WorkerLost, shown
+from workers.errors import DataError, Need, WorkerLost, shown
 from workers.executor import Executor, Gang
 from workers.reconstruct import MAX_INPUTS, Begun, Member, MemberTask
 from workers.solutions import SolvedRecord, find_solved
@@ -50,7 +50,7 @@ def reconstruct(
     *,
     registry: Registry,
     context: TaskContext,
-    memory_bytes: int,
+    need_of: Callable[[int], Need],
     on_done: Callable[[int, int], None],
 ) -> Reconstructed:
     """Solve the layers one after the other; those that an earlier run of the job has solved are not solved again.
@@ -63,7 +63,7 @@ def reconstruct(
         executor: who does the work.
         registry: where solutions are kept.
         context: where tasks read and write.
-        memory_bytes: what a member of the gang needs.
+        need_of: what each of so many members of the gang needs.
         on_done: hears how many layers are solved, of how many.
 
     Raises:
@@ -77,7 +77,7 @@ def reconstruct(
         if record is not None:
             solved[index] = record
     if len(solved) < len(layers):
-        _together(_Work(spec, calibration, staged, layers, context, memory_bytes), executor, solved, on_done)
+        _together(_Work(spec, calibration, staged, layers, context, need_of), executor, solved, on_done)
     ordered = tuple(solved[index] for index in range(len(layers)))
     without = [record.layer for record in ordered if not record.biases]
     notes = (f"{len(without)} layers were rounded without data: {shown(without)}.",) if without else ()
@@ -88,6 +88,13 @@ def chunks_of(calibration: CalibrationSpec) -> list[tuple[int, int]]:
     """Return start and stop of the chunks that a gang shares, the same for any number of members."""
     step = calibration.batch_size * BATCHES_PER_CHUNK
     return [(start, min(start + step, calibration.samples)) for start in range(0, calibration.samples, step)]
+
+
+def gang_size(executor: Executor, calibration: CalibrationSpec, need_of: Callable[[int], Need]) -> int:
+    """Return the largest number of members that fit beside each other: the more there are, the less each holds."""
+    most = len(chunks_of(calibration))
+    fitting = (n for n in range(most, 0, -1) if executor.places(need_of(n).memory_bytes) >= n)
+    return next(fitting, 1)
 
 
 def moments_bytes(layer: PieceTask) -> int:
@@ -104,13 +111,12 @@ class _Work:
     staged: Staged
     layers: tuple[PieceTask, ...]
     context: TaskContext
-    memory_bytes: int
+    need_of: Callable[[int], Need]
 
-    def members(self, slots: int) -> list[MemberTask]:
+    def members(self, count: int) -> list[MemberTask]:
         """Deal the chunks out; they are the same for any number of members."""
         calibration, model = self.calibration, self.spec.model
         chunks = chunks_of(calibration)
-        count = min(slots, len(chunks))
         return [
             MemberTask(
                 context=self.context,
@@ -135,9 +141,10 @@ def _together(
     attempts = work.spec.cluster.max_retries
     while True:
         before = len(solved)
-        tasks = work.members(executor.slots)
+        count = gang_size(executor, work.calibration, work.need_of)
+        tasks = work.members(count)
         try:
-            with executor.gang(Member, tasks, memory_bytes=work.memory_bytes) as gang:
+            with executor.gang(Member, tasks, memory_bytes=work.need_of(count).memory_bytes) as gang:
                 _walk(gang, tasks, solved, on_done)
             return
         except WorkerLost:

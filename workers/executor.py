@@ -42,9 +42,8 @@ class Gang(Protocol):
 class Executor(Protocol):
     """Runs a function over items; several threads may share one."""
 
-    @property
-    def slots(self) -> int:
-        """Return how many members a gang can have: what can run at once."""
+    def places(self, memory_bytes: int) -> int:
+        """Return how many tasks that need so much memory can run at once: what a gang may have for members."""
         ...
 
     def gang(
@@ -104,10 +103,13 @@ class InProcessExecutor:
     """Runs items one after the other, here."""
 
     same_machine = True
-    slots = 1
 
     def __init__(self) -> None:
         self._stopped = threading.Event()
+
+    def places(self, memory_bytes: int) -> int:
+        """Return one: there is this process alone."""
+        return 1
 
     def require(self, need: Need) -> None:
         """Compare with this machine's memory."""

@@ -161,10 +161,11 @@ class RayExecutor:
             if asked:
                 request_resources(bundles=[])
 
-    @property
-    def slots(self) -> int:
-        """Return how many tasks the cluster can run at once."""
-        return max(1, sum(int(node.get("CPU", 0.0) / self.settings.cpus_per_task) for node in _nodes()))
+    def places(self, memory_bytes: int) -> int:
+        """Return how many tasks that need so much memory the cluster can run at once, were it free."""
+        bundle = {"CPU": self.settings.cpus_per_task, "memory": float(memory_bytes)}
+        wanted = {name: amount for name, amount in bundle.items() if amount}
+        return sum(int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in _nodes())
 
     @contextlib.contextmanager
     def gang(self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[Gang]:
@@ -175,7 +176,7 @@ class RayExecutor:
         group = placement_group([bundle] * len(items), strategy="PACK")
         actors: list[Any] = []
         try:
-            self._await([group.ready()], places=len(items))
+            self._await([group.ready()], places=len(items), memory_bytes=memory_bytes)
             options = {"num_cpus": self.settings.cpus_per_task, "memory": memory_bytes or None}
             threads = max(1, int(self.settings.cpus_per_task))
             for index, item in enumerate(items):
@@ -188,7 +189,7 @@ class RayExecutor:
                 ray.kill(actor)
             remove_placement_group(group)
 
-    def _await(self, references: Sequence[Any], *, places: int = 0) -> list[Any]:
+    def _await(self, references: Sequence[Any], *, places: int = 0, memory_bytes: int = 0) -> list[Any]:
         """Wait for all and return what they are.
 
         Raises `Stopped` where the work is cancelled, the first failure where one fails. With ``places``, wait for as
@@ -203,10 +204,11 @@ class RayExecutor:
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
             found |= {reference: _result(reference, references.index(reference)) for reference in ready}
             waited_s = time.monotonic() - since
-            if places and self.slots >= places:
+            if places and self.places(memory_bytes) >= places:
                 since = time.monotonic()
             elif places and waited_s > max(self.settings.node_timeout_s, _NO_NODE_S):
-                raise WorkerLost(f"{places} workers are wanted at once; {_largest(_nodes())}.")
+                wanted = f"{places} workers with {memory_bytes / 1e9:.1f} GB each are wanted at once"
+                raise WorkerLost(f"{wanted}; {_largest(_nodes())}.")
             elif not places and timeout_s and waited_s > timeout_s:
                 raise WorkError(f"A step took more than cluster.task_timeout_s, {timeout_s:g} s.")
         return [found[reference] for reference in references]
