@@ -13,7 +13,6 @@ figure, then to fewer bits in the first layer in which two choices differ.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,16 +20,15 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
 from jobs.errors import PlanError
 from jobs.plan import Plan
 from jobs.spec import MixedSpec
-from storage.errors import AlreadyExists, NotFound
-from storage.manifest import Record, canonical_json
+from storage.manifest import Record
 from storage.registry import Registry
 from storage.shard import build_shard
 from workers.errors import WorkError
+from workers.ledger import find_record, keep_record
 from workers.sensitivity import SensitivityRecord
 
 UNITS = 1_000_000
@@ -141,12 +139,9 @@ def mixed_bits(
         PlanError: the target cannot be met.
     """
     key = f"jobs/{job.removeprefix('sha256:')}/mixed.json"
-    try:
-        return MixedRecord.model_validate_json(registry.store.get(key))
-    except NotFound:
-        pass
-    except ValidationError as error:
-        raise WorkError(f"The job's record {key} is damaged: delete it, and run the job again.") from error
+    found = find_record(registry, key, MixedRecord)
+    if found is not None:
+        return found
     empty = len(build_shard({}, {}).data)
     layers = [
         LayerChoices(
@@ -160,8 +155,7 @@ def mixed_bits(
     ]
     rate = points_per_nat(records)
     chosen = choose_bits(layers, target, points_per_nat=rate, fixed_bytes=empty * len(plan.groups))
-    with contextlib.suppress(AlreadyExists):
-        registry.store.put(key, canonical_json(chosen), mode="create")
+    keep_record(registry, key, chosen)
     return MixedRecord.model_validate_json(registry.store.get(key))
 
 

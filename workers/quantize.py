@@ -5,7 +5,6 @@ Safe to run twice.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
 from collections.abc import Sequence
@@ -13,17 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
-from storage.errors import AlreadyExists, NotFound, StorageError
-from storage.manifest import MEDIA_TYPE_BASE, canonical_json, piece_key
+from storage.errors import StorageError
+from storage.manifest import MEDIA_TYPE_BASE, piece_key
 from storage.registry import Registry
 from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
 from storage.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
+from workers.ledger import find_record, keep_record
 from workers.solutions import read_solution
 from workers.tasks import (
     BaseRecord,
@@ -67,9 +67,7 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
     done = _do(registry, TensorSource(context.source_store, context.source_key), unit, context.job)
-    # A second run of the same unit by design wrote the same blobs: the first record stands.
-    with contextlib.suppress(AlreadyExists):
-        registry.store.put(key, canonical_json(done.record), mode="create")
+    keep_record(registry, key, done.record)
     return UnitResult(
         record=done.record,
         seconds=time.perf_counter() - begin,
@@ -114,16 +112,9 @@ def _registry(uri: str) -> Registry:
 
 
 def _finished(registry: Registry, key: str) -> UnitRecord | None:
-    try:
-        data = registry.store.get(key)
-    except NotFound:
+    record = find_record(registry, key, _RECORD, then="this unit is done again")
+    if record is None:
         return None
-    try:
-        record = _RECORD.validate_json(data)
-    except ValidationError as error:
-        raise WorkError(
-            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and this unit is done again."
-        ) from error
     named = record.levels if isinstance(record, GroupRecord) else (record.descriptor,)
     return record if all(registry.has_blob(descriptor) for descriptor in named) else None
 

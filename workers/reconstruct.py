@@ -8,7 +8,6 @@ kind may change). A member that is lost is made anew: it walks through the solve
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,14 +21,14 @@ from torch import Tensor
 from nestquant.calibrated import calibrate_weight
 from nestquant.moments import Moments, has_columns, input_columns
 from nestquant.quantize import quantize_weight
-from storage.errors import AlreadyExists
-from storage.manifest import Record, canonical_json
+from storage.manifest import Record
 from storage.registry import Registry
 from storage.uri import open_store
 from workers.checkpoint import fetch, load_network
 from workers.errors import WorkError
 from workers.images import open_images
 from workers.lanes import Lanes, Walk
+from workers.ledger import keep_record
 from workers.quantize import read_piece
 from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution, solved_key
 from workers.tasks import PieceTask, TaskContext
@@ -178,8 +177,7 @@ class Member:
             samples=samples,
             skipped=skipped,
         )
-        with contextlib.suppress(AlreadyExists):  # a second run by design wrote the same
-            self.registry.store.put(solved_key(job, layer), canonical_json(record), mode="create")
+        keep_record(self.registry, solved_key(job, layer), record)
         return record
 
     def close(self) -> None:

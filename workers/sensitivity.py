@@ -6,7 +6,6 @@ sums in float64 in the order of the images: its result depends on nothing but it
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
@@ -27,8 +25,7 @@ from nestquant.moments import Moments, has_columns, input_columns
 from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import replace
-from storage.errors import AlreadyExists, NotFound
-from storage.manifest import Record, canonical_json, piece_key
+from storage.manifest import Record, piece_key
 from storage.registry import Registry
 from storage.shard import IntegerTensor, build_shard
 from storage.uri import open_store
@@ -36,6 +33,7 @@ from workers.calibrate import NOISE_SEED
 from workers.checkpoint import fetch, load_network
 from workers.errors import DataError, WorkError
 from workers.images import open_images, spread
+from workers.ledger import find_record, keep_record
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
 from workers.tasks import PieceTask, TaskContext
@@ -118,7 +116,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     """
     registry = Registry(open_store(task.context.store_uri))
     key = sensitivity_key(task)
-    found = _finished(registry, key)
+    found = find_record(registry, key, SensitivityRecord)
     if found is not None:
         return found
     source = TensorSource(task.context.source_store, task.context.source_key)
@@ -149,20 +147,8 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
         damages=tuple(damages),
         skipped=skipped,
     )
-    with contextlib.suppress(AlreadyExists):  # a second run by design wrote the same
-        registry.store.put(key, canonical_json(record), mode="create")
+    keep_record(registry, key, record)
     return record
-
-
-def _finished(registry: Registry, key: str) -> SensitivityRecord | None:
-    try:
-        return SensitivityRecord.model_validate_json(registry.store.get(key))
-    except NotFound:
-        return None
-    except ValidationError as error:
-        raise WorkError(
-            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and run the job again."
-        ) from error
 
 
 Batch = tuple[Tensor, Tensor]

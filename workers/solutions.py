@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import ValidationError
 
 from nestquant.affine import QParams
 from nestquant.quantize import QuantizedWeight
-from storage.errors import NotFound
 from storage.manifest import Descriptor, Record
 from storage.registry import Registry
 from storage.tensor_file import load_tensors, save_tensors
 from storage.uri import open_store
 from workers.errors import WorkError
+from workers.ledger import find_record
 from workers.tasks import PieceTask
 
 MEDIA_TYPE_SOLUTION = "application/vnd.nestquant.solution.v1+safetensors"
@@ -41,16 +40,8 @@ def solved_key(job: str, solution: int) -> str:
 
 def find_solved(registry: Registry, job: str, solution: int) -> SolvedRecord | None:
     """Return a layer's record if it is solved and its integers are there."""
-    key = solved_key(job, solution)
-    try:
-        record = SolvedRecord.model_validate_json(registry.store.get(key))
-    except NotFound:
-        return None
-    except ValidationError as error:
-        raise WorkError(
-            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and run the job again."
-        ) from error
-    return record if registry.has_blob(record.descriptor) else None
+    record = find_record(registry, solved_key(job, solution), SolvedRecord)
+    return record if record is not None and registry.has_blob(record.descriptor) else None
 
 
 def read_solution(registry: Registry, job: str, piece: PieceTask) -> QuantizedWeight:

@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
-from storage.errors import NotFound
 from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.tensor_file import load_tensors, save_tensors
 from storage.uri import open_store
 from workers.checkpoint import load_network
 from workers.errors import DataError, WorkError
+from workers.ledger import find_record
 from workers.tasks import TaskContext
 from workers.tensors import TensorSource
 from workers.threads import threads
@@ -74,15 +73,9 @@ def synthetic_key(job: str, name: str) -> str:
 
 def find_synthetic(registry: Registry, job: str) -> SyntheticRecord | None:
     """Return the record of an earlier run of the job, if what it made is still there."""
-    key = synthetic_key(job, "record.json")
-    try:
-        record = SyntheticRecord.model_validate_json(registry.store.get(key))
-    except NotFound:
+    record = find_record(registry, synthetic_key(job, "record.json"), SyntheticRecord)
+    if record is None:
         return None
-    except ValidationError as error:
-        raise WorkError(
-            f"The job's record {key} is damaged ({error.error_count()} faults): delete it, and run the job again."
-        ) from error
     there = [registry.store.exists(key) for key in (record.images, record.network) if key is not None]
     return record if all(there) else None
 
