@@ -22,7 +22,7 @@ Document = Callable[..., dict[str, Any]]
 
 # Prints how much the process grew by the work of one stage over what it takes when everything is imported.
 _GROWTH = """
-import json, resource, sys, tempfile
+import json, re, resource, sys, tempfile
 from pathlib import Path
 import timm, torch, pytorchcv.model_provider
 from jobs.calibration import _tasks
@@ -49,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder:
         work, task = measure, measure_tasks(spec, spec.evaluate, staged, found, store_uri=uri, cache=None)[-1]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     work(task)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss survives exec
 print(json.dumps({"grown": peak - before, "asked": prepared.needs[stage].memory_bytes}))
 """
 
