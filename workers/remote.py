@@ -38,6 +38,7 @@ _POLL_S = 1.0
 _CANCEL_S = 10.0
 _NO_NODE_S = 60.0
 _CONNECT_S = 10.0
+_AWAY_S = 15.0
 _MIN_WINDOW = 4
 _LOST = (
     ray.exceptions.WorkerCrashedError,
@@ -73,8 +74,13 @@ class RaySettings:
 def _call(function: Callable[[A], R], item: A, threads: int, timeout_s: float | None) -> R:
     """Run in a worker: as many threads as the task was given, so that neighbours do not fight for cores."""
     use_threads(threads)
-    with deadline(timeout_s):
-        return observed(function, item)
+    try:
+        with deadline(timeout_s):
+            return observed(function, item)
+    except StoreUnavailable:
+        # Its own retries take seconds; those of the task are to outlast a store that is away for a minute.
+        time.sleep(_AWAY_S)
+        raise
 
 
 class RayExecutor:
