@@ -6,6 +6,7 @@ simultaneous writers win.
 
 from __future__ import annotations
 
+import re
 import threading
 import uuid
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed, StoreUnavailable, WriteConflict
 
 PROBE_PREFIX = "doctor/"
+_PROBE_KEY = re.compile(r"doctor/[0-9a-f]{32}(/(reach|read|clock|range|list/[0-9]|checksum|multipart))?")
 _WRITERS = 8
 _ROUNDS = 2
 
@@ -35,6 +37,11 @@ class Race:
 
 _known: dict[str, Race] = {}
 _known_lock = threading.Lock()
+
+
+def is_probe_key(key: str) -> bool:
+    """Tell whether a key is exactly one that a race, or one of doctor's checks, writes to."""
+    return _PROBE_KEY.fullmatch(key) is not None
 
 
 def has_create_only(store: BlobStore) -> bool:

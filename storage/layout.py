@@ -11,6 +11,7 @@ MAX_VERSION = 99_999_999
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
 _REPORT = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
 _MANIFEST_FILE = re.compile(r"([0-9]{8})\.json")
+_BLOB_KEY = re.compile(r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 CONDEMNED_KEY = "gc/condemned.json"
 CLOCK_KEY = "gc/clock"
@@ -20,6 +21,11 @@ def blob_key(digest: str) -> str:
     """Return the key of the blob with this digest."""
     hexdigits = digest_hex(digest)
     return f"blobs/sha256/{hexdigits[:2]}/{hexdigits}"
+
+
+def is_blob_key(key: str) -> bool:
+    """Tell whether a key is exactly that of a blob: what only looks like one is somebody else's."""
+    return _BLOB_KEY.fullmatch(key) is not None
 
 
 def model_prefix(name: str) -> str:
@@ -50,6 +56,12 @@ def manifest_version(key: str) -> int | None:
     """Return the version whose manifest a key names, or None where it names a report or something foreign."""
     match = _MANIFEST_FILE.fullmatch(key.rpartition("/")[2])
     return int(match[1]) if match else None
+
+
+def is_report_key(key: str, name: str, version: int) -> bool:
+    """Tell whether a key is exactly that of a report beside this version."""
+    stem = manifest_key(name, version).removesuffix("json")
+    return key.startswith(stem) and key.endswith(".json") and _REPORT.fullmatch(key[len(stem) : -5]) is not None
 
 
 def report_key(name: str, version: int, report: str) -> str:

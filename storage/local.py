@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ from storage.errors import (
 
 _PIECE_BYTES = 1 << 20
 _TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed
+_PART_NAME = re.compile(r"nestquant-[0-9a-f]{32}\.part")  # what a writer of ours leaves when it is killed
 _LEFTOVER_AGE_S = 24 * 3600.0
 
 
@@ -44,21 +47,26 @@ class LocalStore(BlobStore):
         self.root = Path(os.path.abspath(root))
         self.uri = self.root.as_uri()
         self._temporary = self.root / _TEMPORARY
-        self.sweep(older_than_s=_LEFTOVER_AGE_S)
+        self._swept = False
 
     def sweep(self, *, older_than_s: float) -> int:
-        """Remove temporary files that a killed writer left, and return their number.
+        """Remove temporary files that a killed writer of ours left, and return their number.
 
-        Younger ones may belong to a writer at work.
+        The first write does it; reading never removes anything. A file goes only if it is a regular file of our own
+        name, in a folder that is not a link; a younger one may belong to a writer at work.
         """
         removed = 0
         try:
+            if self._temporary.is_symlink():
+                return 0
             leftovers = tuple(os.scandir(self._temporary))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         for leftover in leftovers:
             try:
-                if leftover.name != "lock" and time.time() - leftover.stat().st_mtime >= older_than_s:
+                seen = leftover.stat(follow_symlinks=False)
+                ours = _PART_NAME.fullmatch(leftover.name) is not None and stat.S_ISREG(seen.st_mode)
+                if ours and time.time() - seen.st_mtime >= older_than_s:
                     os.unlink(leftover.path)
                     removed += 1
             except FileNotFoundError:  # its writer, or another sweeper, was first
@@ -192,7 +200,10 @@ class LocalStore(BlobStore):
             raise BadKey(f"{key}: is a folder in {self.uri}; a key cannot be both", key=key)
         self._temporary.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporary / uuid.uuid4().hex
+        if not self._swept:
+            self._swept = True
+            self.sweep(older_than_s=_LEFTOVER_AGE_S)
+        temporary = self._temporary / f"nestquant-{uuid.uuid4().hex}.part"
         try:
             with temporary.open("xb") as file:
                 write(file)
@@ -238,9 +249,9 @@ def _translate(root: Path, key: str, error: OSError) -> StorageError:
     return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)
 
 
-def _info(key: str, stat: os.stat_result) -> ObjectInfo:
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
     # Every write makes a new file, so inode and time of change name it; the digest would cost a read.
-    return ObjectInfo(key, stat.st_size, f"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}", stat.st_mtime)
+    return ObjectInfo(key, found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}", found.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

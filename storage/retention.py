@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from storage import layout
 from storage.blob_store import BlobStore
-from storage.capabilities import PROBE_PREFIX
+from storage.capabilities import PROBE_PREFIX, is_probe_key
 from storage.condemned import read_condemned, write_condemned
 from storage.errors import NotFound, StorageError, VersionDeleted
 from storage.manifest import Descriptor, canonical_json
@@ -76,7 +76,7 @@ def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> G
     condemned: dict[str, float] = {}
     due: dict[str, int] = {}
     for info in store.list("blobs/sha256/"):
-        if info.key in named:
+        if info.key in named or not layout.is_blob_key(info.key):
             continue
         since_s = earlier.get(info.key, now_s)
         condemned[info.key] = now_s if info.modified_s >= since_s else since_s  # sent again since: somebody wants it
@@ -103,9 +103,9 @@ def _remove(store: BlobStore, key: str, since_s: float) -> bool:
 
 
 def _sweep_probes(store: BlobStore, *, older_than_s: float) -> None:
-    """Remove what a killed probe left behind."""
+    """Remove what a killed probe left behind, by the exact names that probes use: `doctor/` may be anyone's."""
     for leftover in store.list(PROBE_PREFIX):
-        if leftover.modified_s < older_than_s:
+        if is_probe_key(leftover.key) and leftover.modified_s < older_than_s:
             store.delete(leftover.key)
 
 
@@ -152,7 +152,7 @@ def delete_version(store: BlobStore, name: str, version: int) -> DeletedVersion:
     tombstone = Tombstone(name=name, version=version, digest=resolved.digest)
     store.put(key, canonical_json(tombstone), mode="overwrite")
     for info in store.list(key.removesuffix("json")):
-        if info.key != key:
+        if layout.is_report_key(info.key, name, version):
             store.delete(info.key)
     dangling = tuple(tag for tag, target in registry.tags(name).items() if target == version)
     return DeletedVersion(name, version, resolved.digest, dangling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -127,11 +128,36 @@ def test_gc_does_not_lose_a_version_that_list_hides() -> None:
     assert stored_blobs(store) == before
 
 
-def test_gc_sweeps_old_probes_only() -> None:
-    store = MemoryStore("probes")
-    store.put("doctor/young", b"", mode="overwrite")
+def test_gc_sweeps_old_probes_of_ours_only(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    old, young, foreign = f"doctor/{'0' * 32}", f"doctor/{'1' * 32}/list/3", "doctor/notes.txt"
+    for key in (old, young, foreign):
+        store.put(key, b"", mode="overwrite")
+    for key in (old, foreign):
+        os.utime(tmp_path / key, (0, 0))
     gc(store, dry_run=False)
-    assert store.exists("doctor/young")
+    assert [info.key for info in store.list("doctor/")] == sorted([young, foreign])
+
+
+def test_gc_and_deletion_leave_what_only_looks_like_ours(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    registry = Registry(store)
+    registry.publish(make_draft(registry, groups=1))
+    foreign = [
+        "blobs/sha256/aa/x",
+        f"blobs/sha256/aa/{'b' * 64}",
+        f"blobs/sha256/aa/{'a' * 64}.bak",
+        f"blobs/sha256/{'a' * 64}",
+        "models/net/versions/00000001.my.notes.json",
+        "models/net/versions/00000001.txt",
+    ]
+    for key in foreign:
+        store.put(key, b"not ours", mode="create")
+    registry.put_report("net", 1, "accuracy", b"{}")
+    delete_version(store, "net", 1)
+    gc(store, grace_s=0, dry_run=False)
+    assert [store.get(key) for key in foreign] == [b"not ours"] * len(foreign)
+    assert not store.exists(layout.report_key("net", 1, "accuracy"))
 
 
 def test_fsck_names_each_damage(store: BlobStore) -> None:

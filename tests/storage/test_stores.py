@@ -65,14 +65,37 @@ class TestLocal(SwapContract):
         assert list(store.list()) == []
         old_s = time.time() - 2 * 24 * 3600
         os.utime(leftover, (old_s, old_s))
-        LocalStore(tmp_path)
+        assert list(LocalStore(tmp_path).list()) == []
+        assert leftover.exists(), "reading removes nothing"
+        LocalStore(tmp_path).put("a/c", b"whole", mode="create")
         assert not leftover.exists()
 
     def test_a_young_leftover_may_be_a_writers(self, tmp_path: Path) -> None:
-        (tmp_path / ".tmp").mkdir()
-        (tmp_path / ".tmp" / "young").touch()
-        LocalStore(tmp_path)
-        assert (tmp_path / ".tmp" / "young").exists()
+        young = tmp_path / ".tmp" / f"nestquant-{'0' * 32}.part"
+        young.parent.mkdir()
+        young.touch()
+        LocalStore(tmp_path).put("a", b"x", mode="create")
+        assert young.exists()
+
+    @pytest.mark.parametrize("name", ["thesis.txt", "0" * 32, f"nestquant-{'0' * 32}.part.bak", "lock"])
+    def test_an_old_file_of_another_name_is_never_removed(self, tmp_path: Path, name: str) -> None:
+        foreign = tmp_path / ".tmp" / name
+        foreign.parent.mkdir()
+        foreign.write_bytes(b"not ours")
+        os.utime(foreign, (0, 0))
+        LocalStore(tmp_path).put("a", b"x", mode="create")
+        assert foreign.read_bytes() == b"not ours"
+
+    def test_leftovers_are_not_looked_for_behind_a_link(self, tmp_path: Path) -> None:
+        elsewhere, store = tmp_path / "elsewhere", tmp_path / "store"
+        elsewhere.mkdir()
+        store.mkdir()
+        foreign = elsewhere / f"nestquant-{'0' * 32}.part"
+        foreign.touch()
+        os.utime(foreign, (0, 0))
+        (store / ".tmp").symlink_to(elsewhere)
+        LocalStore(store).put("a", b"x", mode="create")
+        assert foreign.exists()
 
     def test_a_key_is_not_both_object_and_folder(self, tmp_path: Path) -> None:
         store = LocalStore(tmp_path)
