@@ -22,6 +22,7 @@ from storage.errors import (
     BadKey,
     BadStoreURI,
     Corrupt,
+    Damaged,
     InvalidManifest,
     InvalidShard,
     NoSpace,
@@ -77,7 +78,7 @@ def exit_code(error: BaseException) -> Exit:
         ((NoSpace, device_errors.NoSpace), Exit.DISK),
         ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),
         ((device_errors.ContentError, device_errors.Untrusted), Exit.INTEGRITY),
-        ((Corrupt, InvalidManifest, InvalidShard), Exit.INTEGRITY),
+        ((Corrupt, Damaged, InvalidManifest, InvalidShard), Exit.INTEGRITY),
         ((KeyboardInterrupt,), Exit.INTERRUPTED),
     ]
     return next((code for types, code in kinds if isinstance(error, types)), Exit.FAILED)

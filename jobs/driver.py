@@ -31,7 +31,8 @@ from jobs.stage import Staged, outline, stage
 from jobs.synthesis import make_synthetic
 from storage.capabilities import has_create_only
 from storage.device import Device, StoreSource
-from storage.errors import UnsafeStore
+from storage.device.errors import ContentError, GaveUp
+from storage.errors import Damaged, UnsafeStore
 from storage.manifest import Manifest, ModelRecord, ShardGroup, canonical_json
 from storage.registry import Published, Registry
 from storage.signing import sign
@@ -195,11 +196,11 @@ def _carry_out(
         draft = _manifest(spec, seen, calibrated, reconstructed, results)
         published = registry.publish(draft, single_writer=spec.store.single_writer)
         executor.tell(published)
-        if gate is None:
-            _tag(registry, published, spec.store)
     with clock.stage("pull"):
         cache = folder / "device"
         manifest, pull = _pull(registry, published, cache)
+        if gate is None:  # only what came back whole gets a name that devices follow
+            _tag(registry, published, spec.store)
     measured: tuple[Measured, ...] = ()
     if spec.evaluate is not None:
         with clock.stage("evaluate"):
@@ -348,11 +349,24 @@ def _tag(registry: Registry, published: Published, spec: StoreSpec) -> None:
 
 
 def _pull(registry: Registry, published: Published, cache: Path) -> tuple[Manifest, PullSummary]:
-    """Fetch the version as a device does, part-bit first, then the upgrade."""
+    """Fetch the version as a device does, part-bit first, then the upgrade.
+
+    Raises:
+        Damaged: what came back is not what was published; it is not tagged.
+        storage.StorageError: the store or the disk.
+    """
     device = Device(cache, StoreSource(registry.store), unsigned=True)
-    moved = [device.pull(published.name, str(published.version)).received_bytes]
-    manifest = device.manifest(published.name)
-    moved += [device.upgrade(published.name, level).received_bytes for level in range(1, manifest.level_count())]
+    try:
+        moved = [device.pull(published.name, str(published.version)).received_bytes]
+        manifest = device.manifest(published.name)
+        moved += [device.upgrade(published.name, level).received_bytes for level in range(1, manifest.level_count())]
+    except GaveUp as error:
+        if not isinstance(error.__cause__, ContentError):
+            raise
+        raise Damaged(
+            f"{published.name} version {published.version} is stored, but not tagged: pulled back, {error.__cause__}; "
+            "run the job again: what is damaged is sent anew"
+        ) from error
     return manifest, PullSummary(level_bytes=tuple(moved))
 
 

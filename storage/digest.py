@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from storage.blob_store import Data
@@ -24,6 +25,15 @@ def digest_file(path: Path) -> str:
     """Return ``sha256:<64 hex>`` of a file, read block by block."""
     with path.open("rb") as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def digest_pieces(pieces: Iterable[bytes]) -> tuple[str, int]:
+    """Return ``sha256:<64 hex>`` and the length in bytes of what comes piece by piece."""
+    hasher, size_bytes = hashlib.sha256(), 0
+    for piece in pieces:
+        hasher.update(piece)
+        size_bytes += len(piece)
+    return f"sha256:{hasher.hexdigest()}", size_bytes
 
 
 def digest_hex(digest: str) -> str:

@@ -11,6 +11,7 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
     ├── PreconditionFailed   the object is not (or no longer) the one that the ETag names
     ├── WriteConflict        the store gave up on two writes at once; which of them counts must be read back
     ├── Corrupt              the bytes are not those that the digest or length promises
+    ├── Damaged              a check of the whole store, or of what was just published, found damage
     ├── TooLarge             more bytes than the caller allows
     ├── InvalidManifest      not a manifest that this version may trust
     ├── InvalidShard         not a shard that this version may trust
@@ -80,6 +81,10 @@ class Corrupt(StorageError):
         )
         self.expected = expected
         self.seen = seen
+
+
+class Damaged(StorageError):
+    """A check of a whole store, or of a version just published, found damage; the message names each blob."""
 
 
 class TooLarge(StorageError):

@@ -21,7 +21,7 @@ from storage import layout
 from storage.blob_store import BlobStore, Data
 from storage.capabilities import has_create_only
 from storage.condemned import read_condemned
-from storage.digest import digest_bytes, verify_bytes
+from storage.digest import digest_bytes, digest_pieces, verify_bytes
 from storage.errors import (
     AlreadyExists,
     Corrupt,
@@ -131,7 +131,7 @@ class Registry:
     # blobs
 
     def put_blob(self, data: Data, media_type: str) -> Descriptor:
-        """Store bytes under their digest and describe them. What is there with the right size is not sent again."""
+        """Store bytes under their digest and describe them. What is there whole (`has_blob`) is not sent again."""
         descriptor = Descriptor(digest=digest_bytes(data), size_bytes=len(data), media_type=media_type)
         if not self.has_blob(descriptor):
             self.store.put(layout.blob_key(descriptor.digest), data, mode="overwrite")
@@ -150,16 +150,22 @@ class Registry:
         return ShardDescriptor(**blob.model_dump(), codec=shard.codec, decoded_bytes=shard.decoded_bytes)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
-        """Tell whether the blob is there and may be relied upon.
+        """Tell whether the blob is there and may be relied upon: not condemned by gc, and read back whole.
 
-        With its size (else an upload broke), and not condemned by gc.
+        The bytes of a blob that is there are read once, piece by piece: one that rotted, or whose upload broke, counts
+        as missing, so that whoever asks sends it again.
         """
         key = layout.blob_key(descriptor.digest)
         try:
             found = self.store.head(key)
         except NotFound:
             return False
-        return found.size_bytes == descriptor.size_bytes and not self._is_condemned(key, found.modified_s)
+        if found.size_bytes != descriptor.size_bytes or self._is_condemned(key, found.modified_s):
+            return False
+        try:
+            return digest_pieces(self.store.stream(key)) == (descriptor.digest, descriptor.size_bytes)
+        except NotFound:  # removed since
+            return False
 
     def get_blob(self, descriptor: Descriptor) -> bytes:
         """Return a blob's bytes, verified. Raises `NotFound`, `Corrupt`."""
@@ -206,7 +212,8 @@ class Registry:
     def check_blobs(self, descriptors: Iterable[Descriptor]) -> None:
         """Raise `NotFound` or `Corrupt` unless every blob is there with its size.
 
-        `Registry.get_blob` checks the bytes.
+        The bytes are checked where a blob is taken over from an earlier run (`has_blob`) and when the version is pulled
+        back, before it is tagged.
         """
 
         def check(descriptor: Descriptor) -> None:

@@ -8,7 +8,6 @@ less than the age of grace. All times are the store's own.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,8 @@ from storage import layout
 from storage.blob_store import BlobStore
 from storage.capabilities import PROBE_PREFIX, is_probe_key
 from storage.condemned import read_condemned, write_condemned
-from storage.errors import NotFound, StorageError, VersionDeleted
+from storage.digest import digest_pieces
+from storage.errors import Corrupt, NotFound, StorageError, VersionDeleted
 from storage.manifest import Descriptor, canonical_json
 from storage.registry import Registry, Resolved, Tombstone
 
@@ -175,7 +175,7 @@ def fsck(store: BlobStore, name: str | None = None) -> FsckReport:
             except VersionDeleted:
                 continue
             except StorageError as error:
-                problems.append(f"{model} version {version}: {error}")
+                problems.append(_problem(f"{model} version {version}", error))
                 continue
             versions += 1
             for blob in manifest.descriptors():
@@ -194,19 +194,22 @@ def _tag_problems(registry: Registry, name: str) -> Iterator[str]:
         try:
             registry.resolve(name, tag)
         except StorageError as error:
-            yield f"{name} tag {tag!r}: {error}"
+            yield _problem(f"{name} tag {tag!r}", error)
+
+
+def _problem(where: str, error: StorageError) -> str:
+    """Say what was found, without the advice to run fsck."""
+    if isinstance(error, Corrupt):
+        return f"{where}: {error.key}: expected {error.expected}, seen {error.seen}"
+    return f"{where}: {error}"
 
 
 def _check_blob(store: BlobStore, blob: Descriptor, where: str) -> tuple[int, str | None]:
     """Read a blob piece by piece, so that any size fits in memory."""
-    hasher, seen_bytes = hashlib.sha256(), 0
     try:
-        for piece in store.stream(layout.blob_key(blob.digest)):
-            hasher.update(piece)
-            seen_bytes += len(piece)
+        seen, seen_bytes = digest_pieces(store.stream(layout.blob_key(blob.digest)))
     except StorageError as error:
-        return seen_bytes, f"{where}: {error}"
-    seen = f"sha256:{hasher.hexdigest()}"
+        return 0, _problem(where, error)
     if (seen, seen_bytes) != (blob.digest, blob.size_bytes):
         return (
             seen_bytes,

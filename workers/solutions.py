@@ -51,7 +51,7 @@ def read_solution(registry: Registry, job: str, piece: PieceTask) -> QuantizedWe
         WorkError: the layer is not solved.
     """
     assert piece.solution is not None
-    record = find_solved(registry, job, piece.solution)
+    record = find_record(registry, solved_key(job, piece.solution), SolvedRecord)
     if record is None:
         raise WorkError(f"Layer {piece.layer!r} is not solved: run the job again.")
     arrays = _arrays(registry.store.uri, record.descriptor)

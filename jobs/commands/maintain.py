@@ -51,7 +51,7 @@ def fsck(
     as_json: Json = False,
 ) -> None:
     """Read every blob of every version again and compare lengths and digests."""
-    from storage.errors import Corrupt
+    from storage.errors import Damaged
     from storage.retention import fsck as check
     from storage.uri import open_store
 
@@ -64,7 +64,11 @@ def fsck(
             f"{size(report.bytes_read)} read: {len(report.problems)} problems."
         )
     if report.problems:
-        raise Corrupt(store, expected="every blob whole", seen="\n".join(report.problems))
+        raise Damaged(
+            "\n".join(report.problems)
+            + f"\n{store}: {len(report.problems)} problems; run the job of a damaged version again: what is damaged is "
+            "sent anew"
+        )
 
 
 def gc(
