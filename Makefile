@@ -35,7 +35,7 @@ $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 demo: $(BIN)/.ready
-	$(BIN)/python -m jobs.demo --weights '$(WEIGHTS)' --library '$(LIBRARY)' --model '$(MODEL)' --data '$(DATA)' --calibration '$(CALIBRATION)' --bits '$(BITS)'
+	$(BIN)/python -m jobs.cli.demo --weights '$(WEIGHTS)' --library '$(LIBRARY)' --model '$(MODEL)' --data '$(DATA)' --calibration '$(CALIBRATION)' --bits '$(BITS)'
 
 test: $(BIN)/.ready lint
 	$(BIN)/python -m pytest -m 'not slow and not gpu'

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from jobs.driver import REPORT, prepare
 from jobs.events import Listener, StageClock
 from jobs.result import JobResult, LayerQuality, layer_damage
-from jobs.sensitivity import measure_sensitivities
-from jobs.spec import AnalysisSpec, JobSpec
+from jobs.spec.job import AnalysisSpec, JobSpec
+from jobs.stages.sensitivity import measure_sensitivities
 from storage.errors import NotFound
 from storage.manifest import Record
 from storage.registry import Registry

@@ -16,19 +16,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.calibration import Calibrated, calibrate
-from jobs.evaluation import evaluate, gate_fault, measure_tasks
 from jobs.events import Event, Listener, StageClock
-from jobs.memory import member_need, task_needs
-from jobs.mixed import MixedRecord, mixed_bits
-from jobs.plan import Plan, make_plan
-from jobs.reconstruction import Reconstructed, reconstruct
 from jobs.result import JobResult, PullSummary, WorkSummary, layer_qualities, sizes_of, stored_bits_per_weight
-from jobs.sensitivity import measure_sensitivities
-from jobs.signing import load_keys
-from jobs.spec import METHOD_VERSION, JobSpec, StoreSpec
-from jobs.stage import Staged, outline, stage
-from jobs.synthesis import make_synthetic
+from jobs.spec.job import METHOD_VERSION, JobSpec, StoreSpec
+from jobs.stages.calibration import Calibrated, calibrate
+from jobs.stages.evaluation import evaluate, gate_fault, measure_tasks
+from jobs.stages.memory import member_need, task_needs
+from jobs.stages.mixed import MixedRecord, mixed_bits
+from jobs.stages.plan import Plan, make_plan
+from jobs.stages.reconstruction import Reconstructed, reconstruct
+from jobs.stages.sensitivity import measure_sensitivities
+from jobs.stages.signing import load_keys
+from jobs.stages.synthesis import make_synthetic
+from jobs.stages.weights import Staged, outline, stage
 from storage.capabilities import has_create_only
 from storage.device import Device, StoreSource
 from storage.device.errors import ContentError, GaveUp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from jobs.mixed import MixedRecord
+from jobs.stages.mixed import MixedRecord
 from storage.manifest import FloatRecord, LayerRecord, Record, SizeRecord
 from workers.measure import Measured
 from workers.sensitivity import SensitivityRecord, sqnr_db

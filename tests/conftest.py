@@ -61,7 +61,7 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_document(tiny_checkpoint: Path, tiny_images: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Return a function that builds a whole spec for the tiny model; dotted keys change it."""
-    from jobs.spec_file import with_changes
+    from jobs.spec.file import with_changes
 
     def build(**changes: Any) -> dict[str, Any]:
         document: dict[str, Any] = {

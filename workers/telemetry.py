@@ -2,7 +2,7 @@
 
 Metrics go through ``ray.util.metrics``: every node's agent serves them on the port that ``ray start`` was given as
 ``--metrics-export-port``, with Ray's own beside them (``ray_tasks`` counts retries, by ``IsRetry``). Log lines carry
-job, task and layers, and are JSON where the driver asked for it (``RaySettings.json_logs``; ``jobs.entry`` does).
+job, task and layers, and are JSON where the driver asked for it (``RaySettings.json_logs``).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from pydantic import BaseModel
 
 from jobs.driver import prepare, run_job
 from jobs.events import StageClock
-from jobs.spec import DEFAULT_SHARD_BYTES, JobSpec
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.spec.job import DEFAULT_SHARD_BYTES, JobSpec
 from storage.device import Device, StoreSource
 from storage.manifest import Manifest
 from storage.shard import read_shard

@@ -2,7 +2,7 @@
 
 A job without evaluation for each model of the test data and number of calibration images, each in a process of its own
 on one thread: seconds of the stage ``reconstruct``, CPU seconds of the whole process, peak resident memory beside what
-the job asks for (``jobs.memory``).
+the job asks for (``jobs.stages.memory``).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.blob_store import BlobStore
 from storage.uri import open_store
 from tests.servers.requests import Requests, counted

@@ -109,7 +109,7 @@ def _run(name: str, store: Path, weights: dict[str, Any], address: str, raylets:
 def driver(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the job in this process and tell what it took."""
     from jobs.driver import run_job
-    from jobs.spec_file import parse_spec
+    from jobs.spec.file import parse_spec
     from workers.remote import RayExecutor, RaySettings
 
     with RayExecutor(RaySettings(address=spec["cluster"]["address"])) as executor:
@@ -141,8 +141,8 @@ def staging(name: str) -> str:
     """
     from jobs.driver import prepare
     from jobs.events import StageClock
-    from jobs.spec_file import parse_spec
-    from jobs.stage import outline
+    from jobs.spec.file import parse_spec
+    from jobs.stages.weights import outline
     from workers.executor import InProcessExecutor
 
     class Elsewhere(InProcessExecutor):

@@ -16,8 +16,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from jobs.driver import run_job
-from jobs.spec import JobSpec
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.spec.job import JobSpec
 from nestquant.config import NestConfig
 from storage.digest import digest_bytes
 from storage.manifest import Manifest, canonical_json

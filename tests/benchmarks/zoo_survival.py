@@ -31,12 +31,12 @@ from typing import Any
 
 import yaml
 
+from jobs.cluster.request import request_digest
 from jobs.driver import run_job
-from jobs.identity import request_digest
 from jobs.result import JobResult
-from jobs.zoo_ledger import ROWS, ZooLedger, parse_rows
-from jobs.zoo_row import ZooRow
-from jobs.zoo_spec import ZooJob, load_zoo
+from jobs.spec.zoo import ZooJob, load_zoo
+from jobs.zoo.ledger import ROWS, ZooLedger, parse_rows
+from jobs.zoo.row import ZooRow
 from storage.registry import Registry
 from storage.uri import open_store
 from tests.benchmarks.accuracy_table import CIFAR, CIFAR_VIT, DATA, IMAGENET, ROOT, VIT_KWARGS
@@ -160,7 +160,16 @@ class Zoo:
         """
         self.lives += 1
         events, errors = self.folder / f"events{self.lives}.jsonl", self.folder / f"errors{self.lives}.txt"
-        command = [sys.executable, "-m", "jobs.cli", "zoo", str(self.path), "--results", str(self.results), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.cli.main",
+            "zoo",
+            str(self.path),
+            "--results",
+            str(self.results),
+            "--json",
+        ]
         begin = time.monotonic()
         with events.open("w") as output, errors.open("w") as told:
             process = subprocess.Popen(command, stdout=output, stderr=told)
@@ -340,7 +349,7 @@ def main() -> int:
         except Broken as error:
             print(f"broken: {error}", file=sys.stderr)
             return 1
-        command = [sys.executable, "-m", "jobs.cli", "zoo", "report", str(folder / "results")]
+        command = [sys.executable, "-m", "jobs.cli.main", "zoo", "report", str(folder / "results")]
         subprocess.run([*command, "--html", str(folder / "zoo.html")], check=True)
         print(told(found, arguments.kill_at))
         if arguments.write:

@@ -17,7 +17,7 @@ from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.events import Event
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.uri import open_store

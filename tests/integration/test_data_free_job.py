@@ -11,7 +11,7 @@ import torch
 
 from jobs.driver import run_job
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.uri import open_store
@@ -53,8 +53,8 @@ def contents(uri: str, prefix: str) -> dict[str, bytes]:
 def test_workers_change_no_byte_and_what_is_published_is_the_checkpoints_own(
     document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: None
 ) -> None:
-    monkeypatch.setattr("jobs.synthesis.SAMPLES", 10)
-    monkeypatch.setattr("jobs.synthesis.CHUNK", 4)
+    monkeypatch.setattr("jobs.stages.synthesis.SAMPLES", 10)
+    monkeypatch.setattr("jobs.stages.synthesis.CHUNK", 4)
     here = document()
     result = local(here)
     there = document(store__uri=str(tmp_path / "ray"))
@@ -85,5 +85,5 @@ def test_workers_change_no_byte_and_what_is_published_is_the_checkpoints_own(
         expected = 0.1 * torch.randn(source[name].shape, generator=generator)
         assert torch.equal(network.state_dict()[name], expected), name
 
-    monkeypatch.setattr("jobs.synthesis.synthesize", None)  # a second run makes no image again
+    monkeypatch.setattr("jobs.stages.synthesis.synthesize", None)  # a second run makes no image again
     assert local(here).digest == result.digest

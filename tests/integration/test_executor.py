@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.driver import run_job
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from workers.deadline import TaskTimeout
 from workers.errors import DoesNotFit, Need, Stopped, WorkError
 from workers.executor import InProcessExecutor

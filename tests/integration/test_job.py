@@ -13,7 +13,7 @@ import torch
 from jobs.driver import run_job
 from jobs.errors import PlanError
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.errors import NotFound
 from storage.registry import Registry

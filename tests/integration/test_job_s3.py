@@ -9,7 +9,7 @@ import pytest
 
 from jobs.driver import run_job
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.device import Device, open_source
 from storage.errors import UnsafeStore
 from storage.registry import Registry

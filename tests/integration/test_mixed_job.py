@@ -13,7 +13,7 @@ import torch
 from jobs.driver import run_job
 from jobs.errors import PlanError
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
 from nestquant.quantize import quantize_weight
 from storage.registry import Registry
@@ -86,10 +86,10 @@ def test_what_was_measured_is_not_measured_again(tiny_document: Document, monkey
         measured.append(task.layer.layer)
         return sensitivity.measure_layer(task)
 
-    monkeypatch.setattr("jobs.sensitivity.measure_layer", killed)
+    monkeypatch.setattr("jobs.stages.sensitivity.measure_layer", killed)
     with pytest.raises(KeyboardInterrupt):
         local(document)
-    monkeypatch.setattr("jobs.sensitivity.measure_layer", sensitivity.measure_layer)
+    monkeypatch.setattr("jobs.stages.sensitivity.measure_layer", sensitivity.measure_layer)
     forwards: list[str] = []
     quantized = sensitivity.quantize_weight
 

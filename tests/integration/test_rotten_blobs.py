@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import Exit, exit_code
+from jobs.cli.main import Exit, exit_code
 from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.errors import Damaged
 from storage.layout import blob_key
 from storage.manifest import MEDIA_TYPE_BASE, MEDIA_TYPE_SHARD

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.driver import run_job
 from jobs.events import Event
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.capabilities import has_create_only
 from storage.uri import open_store
 from tests.servers.requests import Requests, counted

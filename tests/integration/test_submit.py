@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from jobs.cli import app
+from jobs.cli.main import app
+from jobs.cluster.record import JobRecord, find_job, requests
+from jobs.cluster.request import request_digest
+from jobs.cluster.submit import Cluster, cancel, job_state, portable, retry, submit, wait
 from jobs.driver import run_job
 from jobs.errors import ClusterError, JobError
-from jobs.identity import request_digest
-from jobs.record import JobRecord, find_job, requests
-from jobs.spec import JobSpec
-from jobs.spec_file import parse_spec
-from jobs.submit import Cluster, cancel, job_state, portable, retry, submit, wait
+from jobs.spec.file import parse_spec
+from jobs.spec.job import JobSpec
 from storage.memory import MemoryStore
 from storage.registry import Registry
 from storage.uri import open_store

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from jobs.driver import run_job
 from jobs.result import JobResult
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.uri import open_store
 from tests.faults.proxy import faulty
 from tests.servers.s3_server import S3Server
@@ -75,7 +75,7 @@ class Driver:
         path.write_text(yaml.safe_dump(spec))
         self.store = open_store(units_in or spec["store"]["uri"])
         self.units = f"jobs/{job.removeprefix('sha256:')}/units/"
-        command = [sys.executable, "-m", "jobs.cli", "quantize", str(path), "--json"]
+        command = [sys.executable, "-m", "jobs.cli.main", "quantize", str(path), "--json"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def done(self) -> int:
@@ -204,7 +204,7 @@ def test_a_task_that_fits_no_node_is_refused_before_work_starts(cluster: Cluster
     spec = tmp_path / "spec.yaml"
     large = document(tmp_path / "store", address=cluster.gcs_address, cpus_per_task=64, node_timeout_s=0)
     spec.write_text(yaml.safe_dump(large))
-    command = [sys.executable, "-m", "jobs.cli", "quantize", str(spec)]
+    command = [sys.executable, "-m", "jobs.cli.main", "quantize", str(spec)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
     assert ended.returncode == 1
     assert "GB and 64 CPUs; the largest of" in ended.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import cli
+from jobs.cli.main import main
 
 Document = Callable[..., dict[str, Any]]
 Run = Callable[..., tuple[int, str, str]]
@@ -30,7 +30,7 @@ def nestquant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["nestquant", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         assert isinstance(stopped.value.code, int)
         return stopped.value.code, captured.out, captured.err
@@ -49,7 +49,7 @@ def spec(tiny_document: Document, tmp_path: Path) -> Path:
 def store(tiny_checkpoint: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with version 1 of ``tiny``."""
     from jobs.driver import run_job
-    from jobs.spec_file import parse_spec
+    from jobs.spec.file import parse_spec
     from tests.integration.test_job import whole_document
     from workers.executor import InProcessExecutor
 
@@ -307,7 +307,7 @@ def test_analyze_measures_a_spec_and_reads_about_a_version(
 
 def test_device_commands_import_neither_torch_nor_numpy() -> None:
     script = (
-        "import sys; import jobs.cli, storage.device; "
+        "import sys; import jobs.cli.main, storage.device; "
         "print([name for name in ('torch', 'ray', 'numpy', 'boto3', 'timm') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -315,7 +315,7 @@ def test_device_commands_import_neither_torch_nor_numpy() -> None:
 
 
 def test_control_c_says_so_and_the_next_run_completes(spec: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "quantize", str(spec), "--local"]
+    command = [sys.executable, "-m", "jobs.cli.main", "quantize", str(spec), "--local"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120

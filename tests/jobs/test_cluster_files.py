@@ -15,7 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 from typer.testing import CliRunner
 
-from jobs.cli import app
+from jobs.cli.main import app
 from jobs.errors import SpecError
 
 ROOT = Path(__file__).resolve().parents[2]

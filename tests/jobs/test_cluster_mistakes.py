@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from jobs.cluster.record import JobRecord, find_job
+from jobs.cluster.submit import Cluster, cancel
 from jobs.errors import ClusterError, JobError, SpecError
-from jobs.record import JobRecord, find_job
-from jobs.spec_file import parse_spec
-from jobs.submit import Cluster, cancel
+from jobs.spec.file import parse_spec
 from storage.memory import MemoryStore
 from workers.errors import NoCluster
 from workers.remote import RayExecutor, RaySettings

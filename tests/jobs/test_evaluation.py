@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluation import gate_fault
-from jobs.spec import EvaluateSpec
+from jobs.spec.job import EvaluateSpec
+from jobs.stages.evaluation import gate_fault
 from workers.measure import Measured
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.reconstruction import chunks_of, gang_size
-from jobs.spec import CalibrationSpec
+from jobs.spec.job import CalibrationSpec
+from jobs.stages.reconstruction import chunks_of, gang_size
 from workers.errors import Need
 from workers.executor import InProcessExecutor
 

@@ -13,8 +13,8 @@ import pytest
 
 from jobs.driver import prepare
 from jobs.events import StageClock
-from jobs.memory import PROCESS_BYTES
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.stages.memory import PROCESS_BYTES
 from workers.errors import DoesNotFit, Need
 from workers.executor import InProcessExecutor
 
@@ -25,11 +25,11 @@ _GROWTH = """
 import json, re, resource, sys, tempfile
 from pathlib import Path
 import timm, torch, pytorchcv.model_provider
-from jobs.calibration import _tasks
+from jobs.stages.calibration import _tasks
 from jobs.driver import prepare
-from jobs.evaluation import measure_tasks
+from jobs.stages.evaluation import measure_tasks
 from jobs.events import StageClock
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from storage.manifest import Manifest
 from workers import zoo
 from workers.calibrate import observe

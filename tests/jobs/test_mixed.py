@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import PlanError, SpecError
-from jobs.mixed import UNITS, LayerChoices, choose_bits, points_per_nat
-from jobs.plan import make_plan
-from jobs.spec import JobSpec, MixedSpec
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.spec.job import JobSpec, MixedSpec
+from jobs.stages.mixed import UNITS, LayerChoices, choose_bits, points_per_nat
+from jobs.stages.plan import make_plan
 from nestquant.surgery import LayerScan, LayerSite
 from workers.sensitivity import Damage, SensitivityRecord
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import PlanError
-from jobs.plan import Plan, make_plan
-from jobs.spec import JobSpec
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.spec.job import JobSpec
+from jobs.stages.plan import Plan, make_plan
 from nestquant.surgery import LayerScan, LayerSite
 from workers.tasks import GroupTask
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jobs.errors import SpecError
-from jobs.spec_file import load_spec, parse_spec, with_changes
+from jobs.spec.file import load_spec, parse_spec, with_changes
 
 Document = Callable[..., dict[str, Any]]
 

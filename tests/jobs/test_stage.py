@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from jobs.spec import ModelSpec, PreprocessSpec
-from jobs.stage import outline, resolve_preprocessing, stage
+from jobs.spec.job import ModelSpec, PreprocessSpec
+from jobs.stages.weights import outline, resolve_preprocessing, stage
 from storage.memory import MemoryStore
 from storage.registry import Registry
 from tests.storage.wrappers import Step, WatchedStore

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.identity import request_digest
-from jobs.spec import JobSpec
-from jobs.spec_file import parse_spec
-from jobs.zoo import ZooEvent, run_zoo
-from jobs.zoo_ledger import ZooLedger, parse_rows
-from jobs.zoo_row import ZooRow
-from jobs.zoo_spec import load_zoo
+from jobs.cluster.request import request_digest
+from jobs.spec.file import parse_spec
+from jobs.spec.job import JobSpec
+from jobs.spec.zoo import load_zoo
+from jobs.zoo.ledger import ZooLedger, parse_rows
+from jobs.zoo.row import ZooRow
+from jobs.zoo.run import ZooEvent, run_zoo
 from storage.memory import MemoryStore
 from storage.registry import Registry
 from storage.uri import open_store
@@ -208,7 +208,7 @@ def test_a_request_is_what_is_asked_of_which_bytes_not_where_it_runs(tmp_path: P
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Kill -9 in the second job: the tables are whole, and the next run does the rest alone."""
     path, results = _zoo(tmp_path), tmp_path / "results"
-    command = [sys.executable, "-m", "jobs.cli", "zoo", str(path), "--local", "--json", "--results", str(results)]
+    command = [sys.executable, "-m", "jobs.cli.main", "zoo", str(path), "--local", "--json", "--results", str(results)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         done = next(event for line in first.stdout if (event := json.loads(line))["event"] == "ended")

@@ -14,8 +14,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.select import Select
 
 from jobs.result import LayerDamage, LayerQuality
-from jobs.zoo_report import render
-from jobs.zoo_row import ZooRow
+from jobs.zoo.report import render
+from jobs.zoo.row import ZooRow
 
 LAYERS = (
     LayerQuality(name="stem.conv", bits=(8, 4), weights=432, sqnr_db=(12.5, 40.25)),

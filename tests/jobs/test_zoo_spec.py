@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.errors import SpecError
-from jobs.spec import EvaluateSpec, JobSpec, PreprocessSpec
-from jobs.zoo_spec import ZooJob, ZooSpec, expand, load_zoo
+from jobs.spec.job import EvaluateSpec, JobSpec, PreprocessSpec
+from jobs.spec.zoo import ZooJob, ZooSpec, expand, load_zoo
 
 W84 = {"w8-4": {"bits": [8, 4]}}
 

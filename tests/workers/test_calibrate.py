@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.calibration import read_range
-from jobs.spec import ActivationSpec
+from jobs.spec.job import ActivationSpec
+from jobs.stages.calibration import read_range
 from workers.calibrate import CalibrateTask, Observed, observe
 
 LAYERS = ("conv1.0", "layer1.0.conv1", "fc")

@@ -11,7 +11,7 @@ import torch
 
 from jobs.driver import Prepared, prepare
 from jobs.events import StageClock
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
 from nestquant.packing import unpack
 from nestquant.quantize import quantize_weight

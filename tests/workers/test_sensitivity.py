@@ -11,8 +11,8 @@ import pytest
 
 from jobs.driver import prepare
 from jobs.events import StageClock
-from jobs.sensitivity import sensitivity_tasks
-from jobs.spec_file import parse_spec
+from jobs.spec.file import parse_spec
+from jobs.stages.sensitivity import sensitivity_tasks
 from storage.uri import open_store
 from workers.errors import DataError, WorkError
 from workers.executor import InProcessExecutor

@@ -1,0 +1,232 @@
+"""Commands of a device or gateway: pull, upgrade, downgrade, verify, rollback, remove.
+
+They need neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.cli.options import DEFAULT_CACHE, Cache, Json, Model, print_json, size, split_ref
+
+if TYPE_CHECKING:
+    from storage.device import Device, Event, Moved
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A model in the device's folder.")]
+Source = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="NESTQUANT_STORE",
+        help="Where to pull from: a folder, s3://..., or https://... (no keys on the device).",
+    ),
+]
+Level = Annotated[int | None, typer.Option("--level", min=0, help="0 is part-bit, the highest is full-bit.")]
+AllowUnsigned = Annotated[bool, typer.Option("--allow-unsigned", help="Take the store's word for what a version is.")]
+Trust = Annotated[
+    Path | None, typer.Option("--trust", help="The publisher's root of trust (root.json); the folder remembers it.")
+]
+Rate = Annotated[int | None, typer.Option("--max-rate", min=1, help="Bytes a second, at most.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(
+        epilog="Example: nestquant pull resnet18@latest --store s3://models --cache /var/lib/models --allow-unsigned"
+    )(pull)
+    app.command(epilog="Example: nestquant upgrade resnet18 --store s3://models --cache /var/lib/models")(upgrade)
+    app.command(epilog="Example: nestquant downgrade resnet18 --cache /var/lib/models")(downgrade)
+    app.command(epilog="Example: nestquant verify resnet18 --cache /var/lib/models")(verify)
+    app.command(epilog="Example: nestquant rollback resnet18 --cache /var/lib/models")(rollback)
+    app.command(epilog="Example: nestquant remove resnet18 --cache /var/lib/models")(remove)
+
+
+def pull(
+    model: Model,
+    *,
+    source: Source,
+    cache: Cache = DEFAULT_CACHE,
+    level: Level = None,
+    trust: Trust = None,
+    allow_unsigned: AllowUnsigned = False,
+    max_rate: Rate = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a version's base and high shards, one by one; the model then runs part-bit.
+
+    Goes on where an earlier pull stopped.
+    """
+    name, ref = split_ref(model)
+    device = _device(
+        cache, source, unsigned=allow_unsigned, root=_root_of_trust(trust), max_rate=max_rate, quiet=as_json
+    )
+    _report(device, device.pull(name, ref, level=level), as_json=as_json)
+
+
+def upgrade(
+    name: Name,
+    *,
+    source: Source,
+    cache: Cache = DEFAULT_CACHE,
+    level: Level = None,
+    max_rate: Rate = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch the low shards of the version in use; the model then runs full-bit.
+
+    High shards never travel again.
+    """
+    # The manifest was trusted when it was pulled, and every shard is checked against it: nothing new is trusted here.
+    device = _device(cache, source, max_rate=max_rate, quiet=as_json)
+    _report(device, device.upgrade(name, level), as_json=as_json)
+
+
+def downgrade(
+    name: Name,
+    *,
+    cache: Cache = DEFAULT_CACHE,
+    level: Annotated[int, typer.Option("--level", min=0, help="Keep the levels up to this one.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Delete the low shards; the model then runs part-bit.
+
+    Works offline.
+    """
+    device = _device(cache)
+    _report(device, device.downgrade(name, level), as_json=as_json)
+
+
+def verify(
+    name: Name,
+    *,
+    cache: Cache = DEFAULT_CACHE,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Delete damaged shards, so that the next pull fetches them again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Hash every shard of the version in use again.
+
+    Works offline.
+    """
+    from storage.device.errors import ContentError
+
+    result = _device(cache).verify(name, discard=discard)
+    if as_json:
+        print_json(asdict(result) | {"whole": result.whole})
+    else:
+        state = "whole" if result.whole else f"{len(result.damaged)} of {result.blobs} blobs damaged"
+        typer.echo(
+            f"{result.name} version {result.version}, level {result.level}: "
+            f"{result.blobs} blobs, {size(result.size_bytes)}: {state}."
+        )
+    if not result.whole:
+        advice = "Pull again." if discard else "Run 'nestquant verify --discard', then pull again."
+        raise ContentError("\n".join([*result.damaged, advice]))
+
+
+def rollback(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False) -> None:
+    """Go back to the version that was in use before.
+
+    Works offline.
+    """
+    device = _device(cache)
+    _report(device, device.rollback(name), as_json=as_json)
+
+
+def remove(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False) -> None:
+    """Delete a model from the device's folder; shards that another model shares stay."""
+    freed = _device(cache).remove(name)
+    if as_json:
+        print_json({"name": name, "freed_bytes": freed})
+    else:
+        typer.echo(f"{name}: removed, {size(freed)} freed.")
+
+
+def _device(
+    cache: Path,
+    source: str | None = None,
+    *,
+    unsigned: bool = False,
+    root: bytes | None = None,
+    max_rate: int | None = None,
+    quiet: bool = True,
+) -> Device:
+    from storage.device import Device, Pace, open_source
+
+    return Device(
+        cache,
+        None if source is None else open_source(source),
+        unsigned=unsigned,
+        root_of_trust=root,
+        pace=Pace(max_rate) if max_rate else Pace(),
+        on_event=(lambda _: None) if quiet else _Progress(),
+    )
+
+
+def _root_of_trust(path: Path | None) -> bytes | None:
+    from storage.device.errors import Untrusted
+
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Untrusted(f"--trust {path}: {error.strerror}; 'nestquant keys init' writes a root of trust.") from error
+
+
+class _Progress:
+    """One bar of bytes on a terminal; retries and warnings as lines, on standard error."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        self.console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = self.progress.add_task("shards", total=None)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind in ("retry", "warning"):
+            self.console.print(f"{event.kind}: {event.message}", highlight=False)
+            return
+        self.progress.start()
+        self.progress.update(
+            self.bar,
+            description=f"shard {event.index + 1} of {event.count}",
+            completed=event.done_bytes,
+            total=event.total_bytes,
+        )
+        if event.kind == "blob" and event.index + 1 == event.count:
+            self.progress.stop()
+
+
+def _report(device: Device, moved: Moved, *, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(moved))
+        return
+    count = device.manifest(moved.name).level_count()
+    mode = (
+        "full-bit"
+        if moved.level == count - 1
+        else "part-bit"
+        if moved.level == 0
+        else f"level {moved.level} of {count - 1}"
+    )
+    parts = [f"{moved.blobs_moved} blobs, {size(moved.received_bytes)} received"]
+    figures: list[tuple[str, Any]] = [
+        ("resumed", moved.resumed_bytes),
+        ("already here", moved.saved_bytes),
+        ("freed", moved.freed_bytes),
+    ]
+    parts += [f"{size(count)} {word}" for word, count in figures if count]
+    if moved.retries:
+        parts.append(f"{moved.retries} retries")
+    typer.echo(
+        f"{moved.name} version {moved.version} runs {mode}{'' if moved.signed else ' (unsigned)'}: {', '.join(parts)}."
+    )

@@ -1,0 +1,121 @@
+"""Commands on a store: list, inspect."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import typer
+
+from jobs.cli.options import Json, Model, Store, console, print_json, size, split_ref
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command(name="ls", epilog="Example: nestquant ls --store ./store")(ls)
+    app.command(epilog="Example: nestquant inspect resnet18@3 --store ./store")(inspect)
+
+
+def ls(*, store: Store, as_json: Json = False) -> None:
+    """List the models in a store, their versions and tags."""
+    from storage.registry import Registry
+    from storage.uri import open_store
+
+    registry = Registry(open_store(store))
+    rows = [
+        {"name": name, "versions": registry.versions(name), "tags": registry.tags(name)} for name in registry.models()
+    ]
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        typer.echo(f"{store} holds no model yet: 'nestquant quantize' publishes one.")
+        return
+    from rich.table import Table
+
+    table = Table("model", "versions", "tags")
+    for row in rows:
+        tags = ", ".join(f"{tag} -> {version}" for tag, version in sorted(row["tags"].items()))  # type: ignore[attr-defined]
+        table.add_row(str(row["name"]), _ranges(row["versions"]), tags)  # type: ignore[arg-type]
+    console().print(table)
+
+
+def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
+    """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
+    from storage.registry import Registry
+    from storage.uri import open_store
+
+    name, ref = split_ref(model)
+    registry = Registry(open_store(store))
+    resolved = registry.resolve(name, ref)
+    report = _report(registry, name, resolved.version)
+    if as_json:
+        print_json({"digest": resolved.digest, "manifest": resolved.manifest.model_dump(mode="json"), "report": report})
+        return
+    from rich.table import Table
+
+    manifest, out = resolved.manifest, console()
+    sizes = manifest.sizes
+    out.print(f"[bold]{name}[/] version {resolved.version}  {resolved.digest}")
+    out.print(
+        f"{manifest.model.library} {manifest.model.arch}, {manifest.model.parameters:,} parameters, "
+        f"{sizes.weights:,} weights quantized"
+    )
+    levels = ", ".join(f"level {level} {size(count)}" for level, count in enumerate(sizes.level_bytes))
+    out.print(
+        f"float {size(sizes.float_bytes)}; stored: base {size(sizes.base_bytes)}, {levels} "
+        f"in {len(manifest.groups)} shard groups"
+    )
+    table = Table("layer", "kind", "shape", "bits", "scheme", "shards", "SQNR dB part", "full")
+    losses = {layer["name"]: layer["sqnr_db"] for layer in (report or {}).get("layers", [])}
+    for layer in manifest.layers:
+        shards = _ranges(sorted({piece.group for piece in layer.pieces}))
+        loss = losses.get(layer.name) or [None]
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(
+            layer.name,
+            layer.kind,
+            shape,
+            "|".join(map(str, layer.bits)),
+            layer.scheme,
+            shards,
+            _decibel(loss[0]),
+            _decibel(loss[-1]),
+        )
+    out.print(table)
+    for kept in manifest.kept_float:
+        out.print(f"stays float: {kept.name} ({kept.reason})")
+    for measured in (report or {}).get("measured", []):
+        share = measured["correct"] / measured["total"]
+        error = 100 * math.sqrt(share * (1 - share) / measured["total"])
+        activations = ", activations quantized" if measured["activations"] else ""
+        out.print(
+            f"top-1 {measured['mode']}{activations}: {100 * share:.2f} ± {error:.2f} % of {measured['total']} images"
+        )
+
+
+def _report(registry: Any, name: str, version: int) -> dict[str, Any] | None:
+    import json
+
+    from storage.errors import NotFound
+
+    try:
+        document: dict[str, Any] = json.loads(registry.get_report(name, version, "job"))
+    except NotFound:
+        return None
+    return document
+
+
+def _decibel(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return ``1-3, 5`` for 1, 2, 3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,140 @@
+"""The command line: ``nestquant``.
+
+Commands import torch and ray only when they run, so that ``--help`` and the device's commands start fast.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NoReturn
+
+import typer
+
+from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, store, zoo
+from jobs.errors import ClusterError, GateError, JobError
+from storage.errors import (
+    AccessDenied,
+    BadKey,
+    BadStoreURI,
+    Corrupt,
+    Damaged,
+    InvalidManifest,
+    InvalidShard,
+    NoSpace,
+    StorageError,
+    StoreUnavailable,
+)
+from workers.errors import NoCluster, WorkError
+
+
+class Exit(IntEnum):
+    """Exit codes that a script can rely on."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    STORE = 3
+    INTEGRITY = 4
+    GATE = 5
+    DISK = 6
+    INTERRUPTED = 130
+
+
+app = typer.Typer(
+    name="nestquant",
+    help="Quantize a vision model once, publish it as nested shards, run it part-bit or full-bit on the device.",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 wrong command or spec, 3 store or cluster out of reach, "
+    "4 damaged or untrusted bytes, "
+    "5 below the accuracy gate, 6 disk full, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich alone takes a third of a second, more than all of a device's commands
+    add_completion=False,
+)
+jobs.register(app)
+analyze.register(app)
+device.register(app)
+store.register(app)
+maintain.register(app)
+keys.register(app)
+zoo.register(app)
+cluster.register(app)
+
+
+def exit_code(error: BaseException) -> Exit:
+    """Return the exit code that tells a script what kind of failure it was."""
+    from storage.device import errors as device_errors
+
+    kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
+        ((GateError,), Exit.GATE),
+        ((ClusterError, NoCluster), Exit.STORE),
+        ((BadStoreURI, BadKey), Exit.USAGE),
+        ((JobError,), Exit.USAGE),
+        ((NoSpace, device_errors.NoSpace), Exit.DISK),
+        ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),
+        ((device_errors.ContentError, device_errors.Untrusted), Exit.INTEGRITY),
+        ((Corrupt, Damaged, InvalidManifest, InvalidShard), Exit.INTEGRITY),
+        ((KeyboardInterrupt,), Exit.INTERRUPTED),
+    ]
+    return next((code for types, code in kinds if isinstance(error, types)), Exit.FAILED)
+
+
+def main() -> None:
+    """Run the command line."""
+    run(lambda: app(standalone_mode=False), as_json="--json" in sys.argv[1:])
+
+
+def run(command: Callable[[], object], *, as_json: bool) -> NoReturn:
+    """Run a command and leave the process: every failure is one clear line on standard error and an exit code of its
+    own.
+    """
+    try:
+        returned = command()
+        if returned == Exit.INTERRUPTED:  # how the framework tells of Ctrl-C
+            raise KeyboardInterrupt
+        code = returned if isinstance(returned, int) else Exit.OK
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.TyperException as error:
+        # A wrong option or argument; the framework's message says which.
+        told = getattr(error, "format_message", error.__str__)()
+        context = getattr(error, "ctx", None)
+        hint = f" Try '{context.command_path} --help'." if context is not None else ""
+        code = _fail(f"{told}{hint}", Exit.USAGE, as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(
+            "Interrupted. Nothing is half-written; the same command goes on where it stopped.",
+            Exit.INTERRUPTED,
+            as_json=as_json,
+        )
+    except (JobError, WorkError, StorageError) as error:
+        code = _fail(str(error), exit_code(error), as_json=as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Exit.OK
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        code = _fail(
+            f"{error.filename or 'The system'}: {error.strerror or error}.",
+            Exit.DISK if full else Exit.FAILED,
+            as_json=as_json,
+        )
+    sys.exit(int(code))
+
+
+def _fail(message: str, code: Exit, *, as_json: bool) -> Exit:
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": int(code)}), file=sys.stderr)
+    else:
+        for line in message.splitlines():
+            print(f"nestquant: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What a job asks for, as a digest, before any of it is staged.
+
+The digest of a *request* is cheap: it names files by their content or revision and builds no network. Two requests with
+the same digest are one; two that differ may still turn out to be one *job* (``JobSpec.identity``), and then share its
+ledger.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jobs.driver import tool_versions
+from jobs.spec.job import METHOD_VERSION, JobSpec
+from storage.errors import BadStoreURI
+from storage.manifest import canonical_json
+from storage.s3 import S3Store
+from storage.s3_errors import boto_errors, translate
+from storage.uri import open_store
+from workers.errors import CheckpointError
+from workers.images import open_images
+
+
+def request_digest(spec: JobSpec) -> str:
+    """Return ``sha256:<hex>`` of everything that can change a job's result.
+
+    That is the model and its weights, the recipe, the image sets and the method's version; neither the cluster nor the
+    store counts.
+
+    Raises:
+        CheckpointError, storage.StorageError: a file that the spec names is not there.
+    """
+    document: dict[str, Any] = spec.model_dump(
+        mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}}
+    )
+    document["method"] = METHOD_VERSION
+    document["model"]["revision"] = revision(spec)
+    document["model"].pop("checkpoint")
+    for section in ("calibration", "evaluate"):
+        if document[section] is not None:
+            document[section]["data"] = _images_revision(document[section]["data"])
+    return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+
+
+def revision(spec: JobSpec) -> str:
+    """Return which weights the spec means: a file's digest or ETag, or the library's version and the seed."""
+    model = spec.model
+    if model.checkpoint is not None:
+        return _file_revision(model.checkpoint)
+    library = f"{model.library} {tool_versions((model.library,))[model.library]}"
+    return f"{library} pretrained" if model.pretrained else f"{library} random_seed {model.random_seed}"
+
+
+def _file_revision(uri: str) -> str:
+    if uri.startswith("s3://"):
+        store = open_store(uri)
+        if not isinstance(store, S3Store) or not store.prefix:
+            raise BadStoreURI(f"{uri} names a bucket; expected s3://bucket/path/to/file")
+        key = store.prefix.rstrip("/")
+        try:
+            found = store.client.head_object(Bucket=store.bucket, Key=key)
+        except boto_errors() as error:
+            raise translate(error, operation="HEAD", key=key, store=store) from error
+        return f"etag {found['ETag']} {found['ContentLength']} bytes"
+    path = Path(uri.removeprefix("file://")).expanduser()
+    if not path.is_file():
+        raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
+    return _sha256(path.resolve(), path.stat().st_mtime_ns)
+
+
+def _images_revision(uri: str) -> str:
+    path = Path(uri.removeprefix("file://")).expanduser()
+    return open_images(path).digest() if path.is_dir() else _file_revision(uri)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, modified_ns: int) -> str:
+    """Hash a file once, however many jobs name it; a file written again is another key."""
+    with path.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

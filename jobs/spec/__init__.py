@@ -1,0 +1,1 @@
+"""What is asked: a job, a zoo of jobs, and the files that say so."""

@@ -1,0 +1,324 @@
+"""The job's spec: what a person writes in YAML or JSON.
+
+Unknown keys are refused with the nearest right name; every rule that needs no model is checked here, before anything
+is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from storage.manifest import ModelName, Scheme, canonical_json
+
+METHOD_VERSION = 2
+"""Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
+identity."""
+
+DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
+
+DEFAULT_CHOICES = (3, 4, 5, 6)
+
+Observer = Literal["sigma", "minmax", "percentile", "mse"]
+
+
+class Section(BaseModel):
+    """Base of the spec's sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Section):
+    """Which network, and where its weights come from.
+
+    ``checkpoint`` is a .safetensors, .pth or .pt (a path or an s3:// URI); ``pretrained`` lets the library download its
+    own; ``random_seed`` takes the architecture's own initialisation.
+    """
+
+    library: Literal["timm", "pytorchcv"]
+    arch: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: str | None = None
+    pretrained: bool = False
+    random_seed: int | None = Field(
+        default=None, description="random weights from this seed: for size tables and load tests"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
+        return self
+
+
+class Override(Section):
+    """What is different for the layers that a pattern matches."""
+
+    bits: tuple[int, ...] | None = None
+    scheme: Scheme | None = None
+    rounding: Literal["adaptive", "nearest"] | None = None
+
+
+class ActivationSpec(Section):
+    """How layer inputs are quantized, per tensor.
+
+    ``sigma`` needs no images: the range is so many standard deviations of the tensor on one forward pass of noise.
+    The others are calibrated.
+    """
+
+    bits: int = Field(default=8, ge=2, le=8)
+    observer: Observer = "percentile"
+    sigma: float | None = Field(default=None, gt=0)
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    first_layer: Literal["float", "quantized"] = "float"
+
+
+class MixedSpec(Section):
+    """High bits chosen layer by layer (``jobs.stages.mixed``), under exactly one of three targets.
+
+    ``mean_bits``: the mean of the high bits, layers weighed by their weights, at most. ``target_bytes``: of all level-0
+    shards, as estimated from each layer's own. ``max_drop``: points of top-1 that part-bit may lie below float, as
+    predicted. ``choices``: the high bits to choose from; by default those of 3 to 6 that are below the next finer
+    width. ``samples``: calibration images that the damage is measured on.
+    """
+
+    choices: tuple[int, ...] | None = None
+    mean_bits: float | None = Field(default=None, gt=0)
+    target_bytes: int | None = Field(default=None, gt=0)
+    max_drop: float | None = Field(default=None, gt=0, le=100)
+    samples: int = Field(default=128, ge=1)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if sum(target is not None for target in (self.mean_bits, self.target_bytes, self.max_drop)) != 1:
+            raise ValueError("give exactly one of 'mean_bits', 'target_bytes' and 'max_drop'")
+        return self
+
+    @field_validator("choices")
+    @classmethod
+    def _ascending(cls, choices: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if choices is None else tuple(sorted(set(choices)))
+
+
+class QuantizeSpec(Section):
+    """The recipe.
+
+    ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades. ``recipe`` names the
+    steps: ``paper`` rounds by the weights alone, ``calibrated`` by what the calibration images make of each layer's
+    inputs (`nestquant.calibrated`), ``data_free`` the same with images that the job makes itself
+    (`nestquant.synthetic`); in both ``rounding`` counts for layers whose inputs cannot be read.
+    """
+
+    recipe: Literal["paper", "calibrated", "data_free"] = "paper"
+    bits: tuple[int, ...] = (8, 4)
+    scheme: Scheme = "asymmetric"
+    rounding: Literal["adaptive", "nearest"] = "adaptive"
+    ignore: tuple[str, ...] = ()
+    overrides: dict[str, Override] = Field(default_factory=dict)
+    activations: ActivationSpec | None = None
+    mixed: MixedSpec | None = None
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        if self.mixed is None:
+            return self
+        if len(self.bits) < 2:
+            raise ValueError(f"mixed chooses the coarsest of several widths; bits are {list(self.bits)}")
+        finer, choices = self.bits[-2], self.high_choices
+        if not choices or not all(1 <= width < finer for width in choices):
+            raise ValueError(
+                f"mixed.choices are {list(choices)}; expected widths from 1 to {finer - 1}, below the next finer of "
+                f"bits {list(self.bits)}"
+            )
+        return self
+
+    @property
+    def high_choices(self) -> tuple[int, ...]:
+        """Return the high bits that a layer may get, ascending; that of ``bits`` alone without ``mixed``."""
+        if self.mixed is None:
+            return self.bits[-1:]
+        if self.mixed.choices is not None:
+            return self.mixed.choices
+        return tuple(width for width in DEFAULT_CHOICES if width < self.bits[-2])
+
+    @field_validator("bits")
+    @classmethod
+    def _descending(cls, bits: tuple[int, ...]) -> tuple[int, ...]:
+        return check_bits(bits)
+
+    @field_validator("overrides")
+    @classmethod
+    def _overridden_bits(cls, overrides: dict[str, Override]) -> dict[str, Override]:
+        for override in overrides.values():
+            if override.bits is not None:
+                check_bits(override.bits)
+        return overrides
+
+
+class PreprocessSpec(Section):
+    """How images become inputs; what is left out comes from the library's own configuration."""
+
+    size: int | None = Field(default=None, ge=8)
+    resize: int | None = Field(default=None, ge=8)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+
+
+class CalibrationSpec(Section):
+    """Images that set the activation ranges, and the integers where the recipe is ``calibrated``: a folder, a tar or an
+    npz.
+
+    ``samples`` says how many of them, evenly spread over the set.
+    """
+
+    data: str
+    samples: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+
+
+class AnalysisSpec(Section):
+    """Measure each layer's damage when it alone runs part-bit, on so many images of the calibration set.
+
+    With ``quantize.mixed`` it is measured in any case, on the images named there. Changes no byte of a version.
+    """
+
+    samples: int = Field(default=128, ge=1)
+
+
+class EvaluateSpec(Section):
+    """Labelled images that measure what was published; with a gate, a version that falls short is stored but not
+    tagged.
+    """
+
+    data: str
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=50, ge=1)
+    min_part_top1: float | None = Field(default=None, ge=0, le=100)
+    max_drop: float | None = Field(default=None, ge=0, le=100, description="points that full-bit may lie below float")
+    max_part_drop: float | None = Field(
+        default=None, ge=0, le=100, description="points that part-bit may lie below float"
+    )
+
+    @property
+    def has_gate(self) -> bool:
+        """Tell whether a version can fall short of what is asked here."""
+        return any(gate is not None for gate in (self.min_part_top1, self.max_drop, self.max_part_drop))
+
+
+class StoreSpec(Section):
+    """Where the version goes, and how large a shard may grow (bytes of packed integers)."""
+
+    uri: str
+    shard_bytes: int = Field(default=DEFAULT_SHARD_BYTES, ge=4096)
+    tags: tuple[str, ...] = ("latest",)
+    signing_keys: tuple[str, ...] = Field(
+        default=(), description="publisher and online keys (PEM files or env:NAME): sign what is tagged"
+    )
+    single_writer: bool = False
+
+
+class ClusterSpec(Section):
+    """How the work is spread.
+
+    Nothing here changes a byte of the artifact.
+    """
+
+    address: str = "local"
+    num_cpus: int | None = Field(default=None, ge=1)
+    task_weights: int = Field(default=16_000_000, ge=1, description="weights in one task, about")
+    cpus_per_task: float = Field(default=1, gt=0)
+    max_in_flight: int = Field(default=1024, ge=1, description="tasks submitted and not done, at most")
+    max_retries: int = Field(default=3, ge=0, description="a lost worker or node costs a task one of these")
+    task_timeout_s: float | None = Field(default=3600, gt=0)
+    node_timeout_s: float = Field(default=300, ge=0, description="how long a cluster may grow until a task fits")
+
+
+class JobSpec(Section):
+    """One job: a model, a recipe, a store."""
+
+    name: ModelName
+    model: ModelSpec
+    store: StoreSpec
+    quantize: QuantizeSpec = QuantizeSpec()
+    preprocess: PreprocessSpec = PreprocessSpec()
+    calibration: CalibrationSpec | None = None
+    evaluate: EvaluateSpec | None = None
+    analysis: AnalysisSpec | None = None
+    cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        if self.quantize.recipe == "calibrated" and self.calibration is None:
+            raise ValueError(
+                "quantize.recipe 'calibrated' needs 'calibration: {data: ...}'; "
+                "'data_free' and 'paper' work without images"
+            )
+        mixed = self.quantize.mixed
+        if mixed is not None and mixed.max_drop is not None and self.calibration is None:
+            raise ValueError(
+                "quantize.mixed.max_drop needs 'calibration: {data: ...}': noise tells layers apart, but predicts no "
+                "drop; 'mean_bits' and 'target_bytes' work without images"
+            )
+        if self.quantize.recipe == "data_free":
+            if self.calibration is not None:
+                raise ValueError(
+                    "quantize.recipe 'data_free' makes images of its own: leave 'calibration' out, or say 'calibrated'"
+                )
+            return self
+        activations = self.quantize.activations
+        if activations is not None and activations.observer != "sigma" and self.calibration is None:
+            raise ValueError(
+                f"quantize.activations.observer {activations.observer!r} needs 'calibration: {{data: ...}}'; "
+                "'sigma' works without images"
+            )
+        return self
+
+    @property
+    def measures_layers(self) -> bool:
+        """Tell whether the job measures what each layer alone loses."""
+        return self.quantize.mixed is not None or self.analysis is not None
+
+    def identity(self, *, source_digest: str, calibration_digest: str | None) -> str:
+        """Return the job's digest: what is asked, of which bytes, by which method.
+
+        Where it runs and how it is measured do not count.
+        """
+        document = {
+            "method": METHOD_VERSION,
+            "name": self.name,
+            "model": {
+                "library": self.model.library,
+                "arch": self.model.arch,
+                "kwargs": self.model.kwargs,
+                "source": source_digest,
+            },
+            "quantize": self.quantize.model_dump(mode="json"),
+            "preprocess": self.preprocess.model_dump(mode="json"),
+            "calibration": None
+            if self.calibration is None
+            else {
+                "data": calibration_digest,
+                "samples": self.calibration.samples,
+                "batch_size": self.calibration.batch_size,
+            },
+            "shard_bytes": self.store.shard_bytes,
+        }
+        return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+
+
+def check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widths if they count down within 1..8.
+
+    Raises:
+        ValueError: naming what is wrong with them.
+    """
+    if not bits or not all(1 <= width <= 8 for width in bits) or any(low >= high for high, low in pairwise(bits)):
+        raise ValueError(
+            f"bits are {list(bits)}; expected widths from 1 to 8 that count down, full width first, such as [8, 4]"
+        )
+    return bits

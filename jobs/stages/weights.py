@@ -1,0 +1,176 @@
+"""Before any work: bring the weights to where workers can read them, build the network's outline, check that the two
+fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jobs.spec.job import ModelSpec, PreprocessSpec
+from nestquant.surgery import LayerScan, execution_order, find_layers
+from storage.digest import digest_file
+from storage.layout import blob_key
+from storage.registry import Registry
+from workers import zoo
+from workers.checkpoint import check_fit, fetch, to_safetensors
+from workers.errors import CheckpointError, Need
+from workers.executor import Executor
+from workers.footprint import Footprint
+from workers.tensors import TensorInfo, TensorReader, TensorSource
+from workers.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
+from workers.zoo import Preprocessing
+
+_UNTRACED_INPUTS = 128
+"""Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A model ready to be planned: its outline on the meta device, its layers, and where its weights lie.
+
+    ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out.
+    """
+
+    source: TensorSource
+    source_digest: str
+    tensors: Mapping[str, TensorInfo]
+    scan: LayerScan
+    order: tuple[str, ...]
+    preprocessing: Preprocessing
+    parameters: int
+    activation_bytes: int
+    notes: tuple[str, ...]
+
+
+def outline(spec: ModelSpec) -> nn.Module:
+    """Return the network without memory (meta device).
+
+    Raises:
+        ModelError: unknown name or arguments.
+    """
+    return zoo.build(spec.library, spec.arch, spec.kwargs, meta=True)
+
+
+def stage(
+    spec: ModelSpec,
+    preprocess: PreprocessSpec,
+    network: nn.Module,
+    folder: Path,
+    *,
+    executor: Executor,
+    registry: Registry | None,
+) -> Staged:
+    """Make the weights readable, tensor by tensor, and scan the network.
+
+    No more than a tensor's header passes through this process, but for a pickled checkpoint that is converted.
+
+    Args:
+        spec: which network and weights.
+        preprocess: what the spec says about inputs.
+        network: its outline.
+        folder: a scratch folder of this job.
+        executor: makes the weights that no checkpoint holds.
+        registry: where to put the weights for workers on other machines; None where workers see this machine's files.
+
+    Raises:
+        CheckpointError: the weights cannot be read or do not fit.
+    """
+    if spec.checkpoint is None:
+        made = _made(spec, network, folder, executor, registry)
+        source, digest = made.source, made.digest
+        tensors = check_fit(network, TensorReader(source))
+    else:
+        path = to_safetensors(fetch(spec.checkpoint, folder), folder)
+        source = TensorSource(None, str(path))
+        tensors = check_fit(network, TensorReader(source))
+        digest, source = _kept(path, source, registry)
+    preprocessing = resolve_preprocessing(spec.library, network, preprocess)
+    order, activation_bytes, notes = _order(spec, network, preprocessing)
+    return Staged(
+        source=source,
+        source_digest=digest,
+        tensors=tensors,
+        scan=find_layers(network),
+        order=order,
+        preprocessing=preprocessing,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        activation_bytes=activation_bytes,
+        notes=notes,
+    )
+
+
+def resolve_preprocessing(library: str, network: nn.Module, spec: PreprocessSpec) -> Preprocessing:
+    """Return the library's preprocessing with what the spec says on top; a size of one's own drops the library's
+    resize.
+    """
+    record: dict[str, Any] = zoo.default_preprocessing(library, network).to_record()
+    if spec.size is not None and spec.size != record["size"]:
+        record["resize"] = None
+    return Preprocessing.from_record(record | spec.model_dump(exclude_none=True))
+
+
+def _made(
+    spec: ModelSpec, network: nn.Module, folder: Path, executor: Executor, registry: Registry | None
+) -> MadeWeights:
+    """Let a worker make the library's pretrained weights, or random ones."""
+    task = WeightsTask(
+        library=spec.library,
+        arch=spec.arch,
+        kwargs=spec.kwargs,
+        random_seed=spec.random_seed,
+        folder=str(folder) if registry is None else None,
+        store_uri=None if registry is None else registry.store.uri,
+    )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    need = Need("stage", MADE_BYTES_PER_BYTE * size, "model.arch")
+    executor.require(need)
+    ((_, made),) = executor.map(make_weights, [task], memory_bytes=need.memory_bytes)
+    return made
+
+
+def _kept(path: Path, source: TensorSource, registry: Registry | None) -> tuple[str, TensorSource]:
+    """Return a checkpoint's digest, and where workers read it: in the store, where they do not see this machine's
+    files. There gc takes it away later, as no version names it.
+    """
+    before = path.stat()
+    digest = digest_file(path)
+    if registry is not None:
+        registry.put_file(path, digest=digest, media_type=MEDIA_TYPE_CHECKPOINT)
+        source = TensorSource(registry.store.uri, blob_key(digest))
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+        raise CheckpointError(f"{path.name} was written to while it was read; wait for its writer and run again.")
+    return digest, source
+
+
+def _order(
+    spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Trace the order of execution and the memory of a forward without computing anything; some networks do not run
+    on the meta device, and are listed as registered.
+    """
+    example = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size, device="meta")
+    footprint = Footprint()
+    try:
+        with footprint:
+            traced = execution_order(network, example)
+    except Exception as error:  # whatever the network's forward raises
+        names = tuple(site.name for site in find_layers(network).layers)
+        guessed = max(footprint.peak_bytes, _UNTRACED_INPUTS * example.nbytes)
+        return (
+            names,
+            guessed,
+            (f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered.",),
+        )
+    notes = (
+        ()
+        if not traced.never_ran
+        else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
+    )
+    return traced.names, footprint.peak_bytes, notes

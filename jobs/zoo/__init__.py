@@ -1,0 +1,1 @@
+"""Many jobs as one run: its ledger, its rows, its report."""
