@@ -65,10 +65,7 @@ class Prepared:
     @property
     def context(self) -> TaskContext:
         """Return where the job's tasks read and write."""
-        source = self.staged.source
-        return TaskContext(
-            store_uri=self.registry.store.uri, source_store=source.store, source_key=source.key, job=self.job
-        )
+        return TaskContext(store_uri=self.registry.store.uri, source=self.staged.source, job=self.job)
 
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Prepared:

@@ -6,6 +6,7 @@ What a store or a network says about its bytes is never taken on trust.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,14 @@ def digest_file(path: Path) -> str:
     """Return ``sha256:<64 hex>`` of a file, read block by block."""
     with path.open("rb") as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+
+
+def file_version(seen: os.stat_result) -> str:
+    """Return what tells a file from one written later under its name: inode, time of change and length.
+
+    Two writes within one tick of the file system's clock (some milliseconds) may look like one.
+    """
+    return f"{seen.st_ino:x}-{seen.st_mtime_ns:x}-{seen.st_size:x}"
 
 
 def digest_pieces(pieces: Iterable[bytes]) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from typing_extensions import override
 
 from storage.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.digest import file_version
 from storage.errors import (
     AccessDenied,
     AlreadyExists,
@@ -251,7 +252,7 @@ def _translate(root: Path, key: str, error: OSError) -> StorageError:
 
 def _info(key: str, found: os.stat_result) -> ObjectInfo:
     # Every write makes a new file, so inode and time of change name it; the digest would cost a read.
-    return ObjectInfo(key, found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}", found.st_mtime)
+    return ObjectInfo(key, found.st_size, file_version(found), found.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

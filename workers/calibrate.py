@@ -34,8 +34,7 @@ class CalibrateTask(Record):
     library: str
     arch: str
     kwargs: dict[str, Any]
-    source_store: str | None
-    source_key: str
+    source: TensorSource
     layers: tuple[str, ...]
     data: str | None
     samples: int
@@ -62,7 +61,7 @@ def observe(task: CalibrateTask) -> Observed:
     Raises:
         WorkError: an activation is NaN or infinite; the message names the layer.
     """
-    network = load_network(task.library, task.arch, task.kwargs, TensorSource(task.source_store, task.source_key))
+    network = load_network(task.library, task.arch, task.kwargs, task.source)
     preprocessing = Preprocessing.from_record(task.preprocessing)
     # One thread: how a sum is split over threads changes its last bit, and a bit can move a value to the next bin.
     with (

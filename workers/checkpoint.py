@@ -148,7 +148,7 @@ def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]
         )
     hint = nearest(missing[0], unexpected) if missing and unexpected else ""
     raise CheckpointError(
-        f"{reader.source.key} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
+        f"{reader.source} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
     )
 
 

@@ -30,8 +30,7 @@ class MeasureTask(Record):
     library: str
     arch: str
     kwargs: dict[str, object]
-    source_store: str | None
-    source_key: str
+    source: TensorSource
     store_uri: str
     name: str
     version: int
@@ -70,9 +69,7 @@ def measure(task: MeasureTask) -> Measured:
     with tempfile.TemporaryDirectory(prefix="nestquant-measure-") as folder:
         resident: int | None = None
         if task.level is None:
-            network = load_network(
-                task.library, task.arch, dict(task.kwargs), TensorSource(task.source_store, task.source_key)
-            )
+            network = load_network(task.library, task.arch, dict(task.kwargs), task.source)
         else:
             nested = _nested(task, Path(folder))
             nested.quantize_activations(enabled=task.activations)

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
+from storage.blob_store import BlobStore
 from storage.errors import StorageError
 from storage.manifest import MEDIA_TYPE_BASE, piece_key
 from storage.registry import Registry
@@ -48,7 +49,7 @@ def ledger_key(job: str, unit: Unit) -> str:
     return f"jobs/{job.removeprefix('sha256:')}/units/{unit.kind}-{unit.index:06d}.json"
 
 
-def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
+def run_unit(context: TaskContext, unit: Unit, registry: Registry | None = None) -> UnitResult:
     """Do one unit and return its record.
 
     Idempotent: blobs are named by their digest, the record is created once, and a unit whose record is already there
@@ -59,14 +60,14 @@ def run_unit(context: TaskContext, unit: Unit) -> UnitResult:
         storage.StorageError: the store refused.
     """
     begin = time.perf_counter()
-    registry = _registry(context.store_uri)
+    registry = registry or Registry(_store(context.store_uri))
     key = ledger_key(context.job, unit)
     record = _finished(registry, key)
     if record is not None:
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
-    done = _do(registry, TensorSource(context.source_store, context.source_key), unit, context.job)
+    done = _do(registry, context.source, unit, context.job)
     keep_record(registry, key, done.record)
     return UnitResult(
         record=done.record,
@@ -96,7 +97,9 @@ def _do(registry: Registry, source: TensorSource, unit: Unit, job: str) -> _Done
 
 def run_bundle(bundle: Bundle) -> list[UnitResult]:
     """Do a task's units in order."""
-    return [run_unit(bundle.context, unit) for unit in bundle.units]
+    # Anew for each task: what a registry has seen of gc's list holds for a job, and a worker outlives many.
+    registry = Registry(_store(bundle.context.store_uri))
+    return [run_unit(bundle.context, unit, registry) for unit in bundle.units]
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ class _Done:
 
 
 @functools.lru_cache(maxsize=4)
-def _registry(uri: str) -> Registry:
-    return Registry(open_store(uri))
+def _store(uri: str) -> BlobStore:
+    """A way to a store, with its connections; it remembers nothing of what lies there."""
+    return open_store(uri)
 
 
 def _finished(registry: Registry, key: str) -> UnitRecord | None:

@@ -32,7 +32,7 @@ from workers.ledger import keep_record
 from workers.quantize import read_piece
 from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution, solved_key
 from workers.tasks import PieceTask, TaskContext
-from workers.tensors import TensorSource, open_tensors
+from workers.tensors import open_tensors
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
@@ -76,7 +76,7 @@ class Member:
     def __init__(self, task: MemberTask) -> None:
         self.task = task
         self.registry = Registry(open_store(task.context.store_uri))
-        self._source = TensorSource(task.context.source_store, task.context.source_key)
+        self._source = task.context.source
         self._lanes: Lanes | None = None
         self._walks: list[Walk | None] = []
         self._applied: set[int] = set()

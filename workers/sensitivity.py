@@ -37,7 +37,7 @@ from workers.ledger import find_record, keep_record
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
 from workers.tasks import PieceTask, TaskContext
-from workers.tensors import TensorSource, open_tensors
+from workers.tensors import open_tensors
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
@@ -119,7 +119,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     found = find_record(registry, key, SensitivityRecord)
     if found is not None:
         return found
-    source = TensorSource(task.context.source_store, task.context.source_key)
+    source = task.context.source
     network = load_network(task.library, task.arch, task.kwargs, source)
     weight = read_piece(open_tensors(source), task.layer)
     # One thread: how a sum is split over threads changes its last bit.

@@ -26,7 +26,6 @@ from workers.checkpoint import load_network
 from workers.errors import DataError, WorkError
 from workers.ledger import find_record
 from workers.tasks import TaskContext
-from workers.tensors import TensorSource
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
@@ -155,7 +154,7 @@ def _chunk_key(context: TaskContext, chunk: int) -> str:
 
 
 def _network(context: TaskContext, library: str, arch: str, kwargs: dict[str, Any]) -> nn.Module:
-    return load_network(library, arch, kwargs, TensorSource(context.source_store, context.source_key))
+    return load_network(library, arch, kwargs, context.source)
 
 
 def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from nestquant.config import NestConfig
 from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
+from workers.tensors import TensorSource
 
 
 class PieceTask(Record):
@@ -76,8 +77,7 @@ class TaskContext(Record):
     """Where a task reads and writes: the same for every task of a job."""
 
     store_uri: str
-    source_store: str | None
-    source_key: str
+    source: TensorSource
     job: str
 
 

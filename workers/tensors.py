@@ -1,31 +1,41 @@
 """Tensors read one at a time, or some rows of one, from a safetensors file on disk or in a store.
 
 The layout is that of the safetensors format: eight bytes with the header's length (little endian), the header (JSON),
-the data.
+the data without holes or overlaps. Every value that is read is looked at (`workers.values`), and a file that is not the
+one that was opened any more is refused.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import math
+import os
+import stat
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from storage.digest import file_version
+from storage.layout import is_blob_key
 from storage.uri import open_store
 from workers.errors import CheckpointError
+from workers.values import check_values
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap
 # A request to a store costs some 10 to 50 ms, in which a worker's link moves a few hundred kB: smaller gaps are read
 # along, and no merged read grows beyond MERGED_BYTES, but a tensor may.
 GAP_BYTES = 64 * 1024
 MERGED_BYTES = 8 << 20
+_PIECE_BYTES = 4 << 20  # a multiple of every element's size
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -45,14 +55,17 @@ DTYPES: Mapping[str, torch.dtype] = {
 class TensorSource:
     """Where a checkpoint's safetensors file lies: a path on this machine (``store`` is None), or a key in a store.
 
-    Small and picklable.
+    ``version`` is that of the file that is meant (`storage.digest.file_version`); None means what lies there now.
+    ``name`` is what the user calls it, for messages. Small and picklable.
     """
 
     store: str | None
     key: str
+    version: str | None = None
+    name: str | None = None
 
     def __str__(self) -> str:
-        return self.key if self.store is None else f"{self.store} {self.key}"
+        return self.name or (self.key if self.store is None else f"{self.store} {self.key}")
 
 
 @dataclass(frozen=True)
@@ -70,13 +83,45 @@ class _Ranges(Protocol):
 
 
 class _File:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """A file that must stay the one that it is now: every read asks."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.path, self.source = Path(source.key), source
+        with self._reading():
+            seen = self.path.stat()
+        if not stat.S_ISREG(seen.st_mode):
+            raise CheckpointError(f"{source} is no file; expected a checkpoint (.safetensors, .pth or .pt).")
+        self.version, self.size_bytes = file_version(seen), seen.st_size
+        if source.version not in (None, self.version):
+            raise self.changed()
 
     def read(self, start: int, length: int) -> bytes:
-        with self.path.open("rb") as stream:
+        with self.opened() as stream:
             stream.seek(start)
             return stream.read(length)
+
+    @contextmanager
+    def opened(self) -> Iterator[BufferedReader]:
+        """Yield the open file; raise where it was written to meanwhile, or is another one."""
+        with self._reading(), self.path.open("rb") as stream:
+            self._check(stream)
+            yield stream
+            self._check(stream)
+
+    def _check(self, stream: BufferedReader) -> None:
+        if file_version(os.fstat(stream.fileno())) != self.version:
+            raise self.changed()
+
+    def changed(self) -> CheckpointError:
+        """Return what is raised where the file is not the one that was opened."""
+        return CheckpointError(f"{self.source} was written to while it was read; wait for its writer and run again.")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"Cannot read the checkpoint {self.source}: {error.strerror or error}.") from error
 
 
 class _Stored:
@@ -132,7 +177,8 @@ class TensorReader:
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
-        self._ranges: _Ranges = _File(Path(source.key)) if source.store is None else _Stored(source.store, source.key)
+        self._file = _File(source) if source.store is None else None
+        self._ranges: _Ranges = self._file or _Stored(str(source.store), source.key)
         self.tensors, self.metadata = self._header()
 
     def _header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -153,14 +199,23 @@ class TensorReader:
                 )
                 for name, entry in document.items()
             }
-        except OSError as error:
-            raise CheckpointError(f"Cannot read the checkpoint {self.source}: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             raise CheckpointError(
                 f"{self.source} is not a safetensors file ({error}); expected .safetensors, .pth or .pt."
             ) from error
-        for name, info in tensors.items():
+        end = base
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size_bytes)):
             self._check(name, info)
+            if info.start != end:
+                raise CheckpointError(
+                    f"{self.source}: tensor {name!r} begins at byte {info.start}, expected {end}; copy the file anew."
+                )
+            end += info.size_bytes
+        if self._file is not None and self._file.size_bytes != end:
+            more = "is cut short" if self._file.size_bytes < end else "holds more than its header names"
+            raise CheckpointError(
+                f"{self.source} {more}: {self._file.size_bytes} bytes, its header accounts for {end}; copy it anew."
+            )
         return tensors, metadata
 
     def _check(self, name: str, info: TensorInfo) -> None:
@@ -183,6 +238,39 @@ class TensorReader:
         """Return rows ``start:stop`` along axis 0: only their bytes are read."""
         info = self.tensors[name]
         return self._tensor(info, (stop - start, *info.shape[1:]), *self._span(name, start, stop), name)
+
+    @property
+    def pinned(self) -> TensorSource:
+        """Return the source with the version that was opened: whoever reads another one is told."""
+        return self.source if self._file is None else replace(self.source, version=self._file.version)
+
+    def checked_digest(self) -> str:
+        """Return ``sha256:<hex>`` of the whole file, every tensor's values looked at on the way: one pass, a few MB in
+        memory.
+
+        Raises:
+            CheckpointError: values that no network computes with; the file was written to meanwhile.
+
+        """
+        assert self._file is not None, "a stored file was checked by whoever stored it"
+        hasher = hashlib.sha256()
+        tensors = sorted(self.tensors.items(), key=lambda item: item[1].start)
+        with self._file.opened() as stream:
+            hasher.update(stream.read(tensors[0][1].start if tensors else self._file.size_bytes))
+            for name, info in tensors:
+                for start in range(0, info.size_bytes, _PIECE_BYTES):
+                    piece = bytearray(min(_PIECE_BYTES, info.size_bytes - start))
+                    if stream.readinto(piece) != len(piece):
+                        raise self._file.changed()
+                    hasher.update(piece)
+                    check_values(str(self.source), name, torch.frombuffer(piece, dtype=DTYPES[info.dtype]))
+        return f"sha256:{hasher.hexdigest()}"
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` where the file is not the one any more that was opened."""
+        if self._file is not None:
+            with self._file.opened():
+                pass
 
     def planned(self, reads: Iterable[tuple[str, int | None, int | None]]) -> TensorReader:
         """Return a reader for these reads to come, of ``(name, start row, stop row)`` or ``(name, None, None)`` for a
@@ -211,10 +299,26 @@ class TensorReader:
             )
         if size == 0:
             return torch.zeros(shape, dtype=DTYPES[info.dtype])
-        return torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+        tensor = torch.frombuffer(bytearray(data), dtype=DTYPES[info.dtype]).reshape(shape)
+        check_values(str(self.source), name, tensor)
+        return tensor
+
+
+def open_tensors(source: TensorSource) -> TensorReader:
+    """Return the reader of a source; a worker that serves many tasks reads the header of one file once."""
+    return _reader(source, _version(source))
 
 
 @functools.lru_cache(maxsize=4)
-def open_tensors(source: TensorSource) -> TensorReader:
-    """Return the reader of a source; a worker that serves many tasks reads the header once."""
+def _reader(source: TensorSource, _: str) -> TensorReader:
+    """Keyed by what the file is, not by its name alone: a file written again has another header."""
     return TensorReader(source)
+
+
+def _version(source: TensorSource) -> str:
+    if source.store is not None:
+        return source.key if is_blob_key(source.key) else open_store(source.store).head(source.key).etag
+    try:
+        return file_version(os.stat(source.key))
+    except OSError:
+        return ""  # opening it says what is wrong

@@ -6,16 +6,16 @@ A network of a billion weights is 4 GB in memory while it is made; the driver se
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from storage.digest import digest_file
 from storage.layout import blob_key
 from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.uri import open_store
 from workers.checkpoint import pretrained_state, random_state, save_state
-from workers.tensors import TensorSource
+from workers.tensors import TensorReader, TensorSource
 
 MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
 MADE_BYTES_PER_BYTE = 2
@@ -38,16 +38,10 @@ class WeightsTask(Record):
 
 
 class MadeWeights(Record):
-    """Where the file lies (as in `workers.tensors.TensorSource`), and its digest."""
+    """Where the file lies, and its digest."""
 
-    source_store: str | None
-    source_key: str
+    source: TensorSource
     digest: Digest
-
-    @property
-    def source(self) -> TensorSource:
-        """Return where workers read the tensors."""
-        return TensorSource(self.source_store, self.source_key)
 
 
 def make_weights(task: WeightsTask) -> MadeWeights:
@@ -55,6 +49,7 @@ def make_weights(task: WeightsTask) -> MadeWeights:
 
     Raises:
         ModelError: unknown name or arguments, or no pretrained weights to be had.
+        CheckpointError: values that no network computes with.
         storage.StorageError: the store refused.
     """
     kwargs = dict(task.kwargs)
@@ -66,11 +61,14 @@ def make_weights(task: WeightsTask) -> MadeWeights:
         )
         path = save_state(state, Path(scratch) / "weights.safetensors")
         del state
-        digest = digest_file(path)
+        what = "pretrained weights" if task.random_seed is None else f"weights of random_seed {task.random_seed}"
+        reader = TensorReader(TensorSource(None, str(path), name=f"{task.library} {task.arch}, {what}"))
+        digest, source = reader.checked_digest(), reader.pinned
         if task.store_uri is None:
             assert task.folder is not None
             final = path.replace(Path(task.folder) / "weights.safetensors")
-            return MadeWeights(source_store=None, source_key=str(final), digest=digest)
+            return MadeWeights(source=replace(source, key=str(final)), digest=digest)
         registry = Registry(open_store(task.store_uri))
         registry.put_file(path, digest=digest, media_type=MEDIA_TYPE_CHECKPOINT)
-        return MadeWeights(source_store=registry.store.uri, source_key=blob_key(digest), digest=digest)
+        stored = TensorSource(registry.store.uri, blob_key(digest), name=source.name)
+        return MadeWeights(source=stored, digest=digest)

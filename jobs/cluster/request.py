@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.driver import tool_versions
 from jobs.spec.job import METHOD_VERSION, JobSpec
+from storage.digest import digest_file, file_version
 from storage.errors import BadStoreURI
 from storage.manifest import canonical_json
 from storage.s3 import S3Store
@@ -67,7 +68,7 @@ def _file_revision(uri: str) -> str:
     path = Path(uri.removeprefix("file://")).expanduser()
     if not path.is_file():
         raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
-    return _sha256(path.resolve(), path.stat().st_mtime_ns)
+    return _sha256(path.resolve(), file_version(path.stat()))
 
 
 def _images_revision(uri: str) -> str:
@@ -76,7 +77,9 @@ def _images_revision(uri: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _sha256(path: Path, modified_ns: int) -> str:
+def _sha256(path: Path, version: str) -> str:
     """Hash a file once, however many jobs name it; a file written again is another key."""
-    with path.open("rb") as stream:
-        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
+    digest = digest_file(path)
+    if file_version(path.stat()) != version:
+        raise CheckpointError(f"{path} was written to while it was read; wait for its writer and run again.")
+    return digest

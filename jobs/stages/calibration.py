@@ -75,8 +75,7 @@ def _tasks(spec: JobSpec, staged: Staged, layers: tuple[str, ...]) -> list[Calib
         "library": spec.model.library,
         "arch": spec.model.arch,
         "kwargs": spec.model.kwargs,
-        "source_store": staged.source.store,
-        "source_key": staged.source.key,
+        "source": staged.source,
         "layers": layers,
         "preprocessing": staged.preprocessing.to_record(),
     }

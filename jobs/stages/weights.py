@@ -14,12 +14,11 @@ from torch import nn
 
 from jobs.spec.job import ModelSpec, PreprocessSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
-from storage.digest import digest_file
 from storage.layout import blob_key
 from storage.registry import Registry
 from workers import zoo
 from workers.checkpoint import check_fit, fetch, to_safetensors
-from workers.errors import CheckpointError, Need
+from workers.errors import Need
 from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.tensors import TensorInfo, TensorReader, TensorSource
@@ -87,9 +86,9 @@ def stage(
         tensors = check_fit(network, TensorReader(source))
     else:
         path = to_safetensors(fetch(spec.checkpoint, folder), folder)
-        source = TensorSource(None, str(path))
-        tensors = check_fit(network, TensorReader(source))
-        digest, source = _kept(path, source, registry)
+        reader = TensorReader(TensorSource(None, str(path), name=spec.checkpoint))
+        tensors = check_fit(network, reader)
+        digest, source = _kept(path, reader, registry)
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
     order, activation_bytes, notes = _order(spec, network, preprocessing)
     return Staged(
@@ -134,18 +133,15 @@ def _made(
     return made
 
 
-def _kept(path: Path, source: TensorSource, registry: Registry | None) -> tuple[str, TensorSource]:
-    """Return a checkpoint's digest, and where workers read it: in the store, where they do not see this machine's
-    files. There gc takes it away later, as no version names it.
+def _kept(path: Path, reader: TensorReader, registry: Registry | None) -> tuple[str, TensorSource]:
+    """Return a checkpoint's digest, its values looked at, and where workers read it: in the store, where they do not
+    see this machine's files. There gc takes it away later, as no version names it.
     """
-    before = path.stat()
-    digest = digest_file(path)
+    digest, source = reader.checked_digest(), reader.pinned
     if registry is not None:
         registry.put_file(path, digest=digest, media_type=MEDIA_TYPE_CHECKPOINT)
-        source = TensorSource(registry.store.uri, blob_key(digest))
-    after = path.stat()
-    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
-        raise CheckpointError(f"{path.name} was written to while it was read; wait for its writer and run again.")
+        source = TensorSource(registry.store.uri, blob_key(digest), name=source.name)
+    reader.check_unchanged()
     return digest, source
 
 

@@ -34,6 +34,7 @@ from workers import runtime
 from workers.executor import Executor, InProcessExecutor
 from workers.measure import MeasureTask, measure
 from workers.remote import RayExecutor, RaySettings
+from workers.tensors import TensorSource
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("NESTQUANT_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -118,8 +119,7 @@ class Known:
             library=self.library,
             arch=spec.model.arch,
             kwargs=spec.model.kwargs,
-            source_store=None,
-            source_key=str(spec.model.checkpoint),
+            source=TensorSource(None, str(spec.model.checkpoint)),
             store_uri=spec.store.uri,
             name=self.name,
             version=1,

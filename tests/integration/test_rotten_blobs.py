@@ -17,7 +17,7 @@ from storage.errors import Damaged
 from storage.layout import blob_key
 from storage.manifest import MEDIA_TYPE_BASE, MEDIA_TYPE_SHARD
 from storage.registry import Registry
-from storage.retention import fsck
+from storage.retention import delete_version, fsck, gc
 from storage.uri import open_store
 from workers.executor import InProcessExecutor
 
@@ -74,3 +74,14 @@ def test_a_version_that_does_not_come_back_whole_is_not_tagged(tiny_document: Do
     assert local(document).version == 1
     assert registry.tags("tiny") == {"latest": 1}
     assert fsck(registry.store).problems == ()
+
+
+def test_what_gc_condemned_between_two_jobs_of_one_process_is_sent_again(tiny_document: Document) -> None:
+    document = tiny_document(evaluate=None)
+    first = local(document)
+    store = open_store(document["store"]["uri"])
+    assert local(document).work.reused == first.work.units  # what was seen of gc's list is this job's alone
+    delete_version(store, "tiny", 1)
+    assert len(gc(store, dry_run=False).condemned) > 0
+    again = local(document)
+    assert (again.version, again.work.reused) == (2, 0)

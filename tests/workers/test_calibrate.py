@@ -15,6 +15,7 @@ from PIL import Image
 from jobs.spec.job import ActivationSpec
 from jobs.stages.calibration import read_range
 from workers.calibrate import CalibrateTask, Observed, observe
+from workers.tensors import TensorSource
 
 LAYERS = ("conv1.0", "layer1.0.conv1", "fc")
 
@@ -24,8 +25,7 @@ def task(checkpoint: Path, data: Path, start: int, stop: int) -> CalibrateTask:
         library="timm",
         arch="test_resnet",
         kwargs={"num_classes": 10, "in_chans": 3},
-        source_store=None,
-        source_key=str(checkpoint),
+        source=TensorSource(None, str(checkpoint)),
         layers=LAYERS,
         data=str(data),
         samples=40,

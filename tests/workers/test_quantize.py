@@ -21,7 +21,7 @@ from workers.errors import CheckpointError, WorkError
 from workers.executor import InProcessExecutor
 from workers.quantize import ledger_key, read_piece, run_bundle, run_unit
 from workers.tasks import Bundle, GroupRecord, TaskContext
-from workers.tensors import TensorReader
+from workers.tensors import TensorReader, TensorSource
 
 Document = Callable[..., dict[str, Any]]
 
@@ -29,9 +29,7 @@ Document = Callable[..., dict[str, Any]]
 def ready(document: dict[str, Any], folder: Path) -> tuple[Prepared, TaskContext]:
     prepared = prepare(parse_spec(document, where="test"), InProcessExecutor(), folder, StageClock(lambda _: None))
     source = prepared.staged.source
-    return prepared, TaskContext(
-        store_uri=prepared.registry.store.uri, source_store=source.store, source_key=source.key, job=prepared.job
-    )
+    return prepared, TaskContext(store_uri=prepared.registry.store.uri, source=source, job=prepared.job)
 
 
 def test_a_group_holds_exactly_the_methods_integers(tiny_document: Document, tmp_path: Path) -> None:
@@ -82,17 +80,32 @@ def test_a_damaged_record_names_its_key(tiny_document: Document, tmp_path: Path)
         run_unit(context, prepared.plan.groups[0])
 
 
-def test_weights_that_are_not_finite_name_the_layer(
-    tiny_document: Document, tiny_checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("tensor", ["layer2.0.conv1.weight", "bn1.running_var"])
+def test_a_worker_looks_at_what_it_reads(
+    tiny_document: Document, tiny_checkpoint: Path, tmp_path: Path, tensor: str
 ) -> None:
+    """Whoever planned the job looked already; a worker does not rely on it."""
     from safetensors.torch import load_file, save_file
 
+    prepared, context = ready(tiny_document(), tmp_path)
     state = load_file(tiny_checkpoint)
-    state["layer2.0.conv1.weight"][3, 0, 0, 0] = float("nan")
+    state[tensor].flatten()[3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    prepared, context = ready(tiny_document(model__checkpoint=str(tmp_path / "nan.safetensors")), tmp_path)
-    with pytest.raises(WorkError, match=r"Layer 'layer2\.0\.conv1', output channels 0:\d+: 1 of \d+ weights are NaN"):
-        run_bundle(Bundle(context=context, units=prepared.plan.groups))
+    bad = context.model_copy(update={"source": TensorSource(None, str(tmp_path / "nan.safetensors"))})
+    with pytest.raises(CheckpointError, match=rf"nan\.safetensors: tensor '{tensor}' holds NaN"):
+        run_bundle(Bundle(context=bad, units=(*prepared.plan.groups, *prepared.plan.base)))
+
+
+def test_a_worker_refuses_a_checkpoint_that_is_not_the_one_that_was_digested(
+    tiny_document: Document, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(tiny_checkpoint.read_bytes())
+    prepared, context = ready(tiny_document(model__checkpoint=str(mine)), tmp_path)
+    assert not run_unit(context, prepared.plan.groups[0]).reused
+    mine.touch()
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors was written to while it was read; wait for its"):
+        run_unit(context, prepared.plan.groups[1])
 
 
 def test_a_checkpoint_that_changed_after_the_plan_names_the_layer(tiny_document: Document, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ JOB = "sha256:" + "a" * 64
 
 
 def context(store: Path, checkpoint: Path) -> TaskContext:
-    return TaskContext(store_uri=store.as_uri(), source_store=None, source_key=str(checkpoint), job=JOB)
+    return TaskContext(store_uri=store.as_uri(), source=TensorSource(None, str(checkpoint)), job=JOB)
 
 
 def chunk(where: TaskContext, index: int, samples: int = 4, **changes: Any) -> SynthesizeTask:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from storage.digest import digest_file
 from storage.local import LocalStore
 from workers.errors import CheckpointError
-from workers.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, TensorSource
+from workers.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, TensorSource, open_tensors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 
@@ -86,14 +89,114 @@ def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:
         TensorReader(written(tmp_path, header, b"0"))
 
 
-def test_a_file_cut_short_names_the_tensor(checkpoint: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+def test_a_file_cut_short_is_said_before_a_tensor_is_read(
+    checkpoint: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
     path, _ = checkpoint
+    whole, size = path.read_bytes(), path.stat().st_size
     cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(path.read_bytes()[:-10])
-    reader = TensorReader(TensorSource(None, str(cut)))
+    cut.write_bytes(whole[:-10])
+    with pytest.raises(CheckpointError, match=rf"cut short: {size - 10} bytes, its header accounts for {size}; copy"):
+        TensorReader(TensorSource(None, str(cut)))
+    cut.write_bytes(whole + b"more")
+    with pytest.raises(CheckpointError, match=rf"holds more than its header names: {size + 4} bytes"):
+        TensorReader(TensorSource(None, str(cut)))
+
+
+def test_an_object_cut_short_names_the_tensor(checkpoint: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    store.put("cut", checkpoint[0].read_bytes()[:-10], mode="create")
+    reader = TensorReader(TensorSource(store.uri, "cut"))
     last = max(reader.tensors, key=lambda name: reader.tensors[name].start + reader.tensors[name].size_bytes)
     with pytest.raises(CheckpointError, match=r"ends after \d+ of \d+ bytes: the file is cut short"):
         reader.read(last)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [(([0, 4], [8, 12]), "tensor 'b' begins at byte"), (([0, 4], [2, 6]), "tensor 'b' begins at byte")],
+    ids=["hole", "overlap"],
+)
+def test_a_hole_or_an_overlap_is_refused(tmp_path: Path, offsets: tuple[list[int], list[int]], said: str) -> None:
+    header = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": span} for name, span in zip("ab", offsets, strict=True)
+    }
+    with pytest.raises(CheckpointError, match=said):
+        TensorReader(written(tmp_path, header, b"0" * 12))
+
+
+def test_a_digest_is_that_of_the_file(checkpoint: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    path, _ = checkpoint
+    assert TensorReader(TensorSource(None, str(path))).checked_digest() == digest_file(path)
+
+
+def test_a_digest_looks_at_every_piece_of_a_large_tensor(tmp_path: Path) -> None:
+    path, weight = tmp_path / "large.safetensors", torch.zeros(3_000_000)
+    save_file({"w": weight, "v": torch.ones(3)}, path)
+    assert TensorReader(TensorSource(None, str(path))).checked_digest() == digest_file(path)
+    weight[2_500_000] = math.nan
+    save_file({"w": weight, "v": torch.ones(3)}, path)
+    with pytest.raises(CheckpointError, match="tensor 'w' holds NaN"):
+        TensorReader(TensorSource(None, str(path))).checked_digest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_are_looked_at_wherever_they_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 2, dtype=dtype)
+    weight[3, 1] = -math.inf
+    save_file({"bn.running_var": torch.tensor([1.0, -1e-3], dtype=dtype), "w": weight}, tmp_path / "bad.safetensors")
+    reader = TensorReader(TensorSource(None, str(tmp_path / "bad.safetensors"), name="mine.pth"))
+    assert reader.read_rows("w", 0, 3).sum() == 6
+    for read in (lambda: reader.read("w"), lambda: reader.read_rows("w", 3, 4)):
+        with pytest.raises(CheckpointError, match=r"^mine\.pth: tensor 'w' holds infinity"):
+            read()
+    with pytest.raises(CheckpointError, match=r"tensor 'bn\.running_var' holds a variance below zero, -0\.00"):
+        reader.read("bn.running_var")
+
+
+def rewritten(path: Path, **tensors: torch.Tensor) -> None:
+    """Write a file again under its name, in place: the same inode, another time."""
+    save_file(tensors, path.with_suffix(".new"))
+    before = path.stat().st_mtime_ns
+    path.write_bytes(path.with_suffix(".new").read_bytes())
+    os.utime(path, ns=(before + 1, before + 1))  # the clock of files may be as coarse as 10 ms
+
+
+def test_a_file_written_again_under_its_name_is_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(100), "b": torch.arange(6.0)}, path)
+    source = TensorSource(None, str(path))
+    first = open_tensors(source)
+    assert open_tensors(source) is first
+    rewritten(path, b=torch.arange(6.0) + 10)
+    assert open_tensors(source).read("b").tolist() == [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
+    for read in (lambda: first.read("b"), first.checked_digest, first.check_unchanged):
+        with pytest.raises(CheckpointError, match=r"w\.safetensors was written to while it was read; wait"):
+            read()
+    with pytest.raises(CheckpointError, match="was written to while it was read"):
+        open_tensors(first.pinned)
+
+
+def test_a_file_of_the_same_length_put_in_its_place_is_another_one(tmp_path: Path) -> None:
+    path, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(4)}, path)
+    save_file({"a": torch.ones(4)}, other)
+    seen = path.stat()
+    os.utime(other, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    reader = open_tensors(TensorSource(None, str(path)))
+    other.replace(path)
+    assert open_tensors(TensorSource(None, str(path))).read("a").tolist() == [1.0, 1.0, 1.0, 1.0]
+    with pytest.raises(CheckpointError, match="was written to while it was read"):
+        reader.read("a")
+
+
+def test_an_object_written_again_is_another_one(tmp_path: Path) -> None:
+    store, path = LocalStore(tmp_path / "store"), tmp_path / "w.safetensors"
+    source = TensorSource(store.uri, "jobs/a/network.safetensors")
+    for fill in (1.0, 2.0):
+        save_file({"pad": torch.zeros(int(fill)), "w": torch.full((2,), fill)}, path)
+        store.put_file(source.key, path)
+        assert open_tensors(source).read("w").tolist() == [fill, fill]
 
 
 def test_a_missing_file_is_one_line() -> None:
