@@ -8,13 +8,16 @@ from storage.digest import digest_hex
 from storage.errors import BadKey
 
 MAX_VERSION = 99_999_999
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
+MODEL_NAME = r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?"
+_NAME = re.compile(MODEL_NAME)
 _REPORT = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
 _MANIFEST_FILE = re.compile(r"([0-9]{8})\.json")
-_BLOB_KEY = re.compile(r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}")
+BLOB_KEY = r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}"
 
 CONDEMNED_KEY = "gc/condemned.json"
 CLOCK_KEY = "gc/clock"
+# Stands at the root of a device's cache. No key begins with a dot, so no store can hold it.
+CACHE_MARKER = ".nestquant-cache"
 
 
 def blob_key(digest: str) -> str:
@@ -25,7 +28,7 @@ def blob_key(digest: str) -> str:
 
 def is_blob_key(key: str) -> bool:
     """Tell whether a key is exactly that of a blob: what only looks like one is somebody else's."""
-    return _BLOB_KEY.fullmatch(key) is not None
+    return re.fullmatch(BLOB_KEY, key) is not None
 
 
 def model_prefix(name: str) -> str:

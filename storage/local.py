@@ -27,6 +27,7 @@ from storage.errors import (
     AccessDenied,
     AlreadyExists,
     BadKey,
+    BadStoreURI,
     NoSpace,
     NotFound,
     PreconditionFailed,
@@ -34,6 +35,7 @@ from storage.errors import (
     StoreUnavailable,
     UnsafeStore,
 )
+from storage.layout import CACHE_MARKER
 
 _PIECE_BYTES = 1 << 20
 _TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed
@@ -48,7 +50,7 @@ class LocalStore(BlobStore):
         self.root = Path(os.path.abspath(root))
         self.uri = self.root.as_uri()
         self._temporary = self.root / _TEMPORARY
-        self._swept = False
+        self._written_to = False
 
     def sweep(self, *, older_than_s: float) -> int:
         """Remove temporary files that a killed writer of ours left, and return their number.
@@ -146,6 +148,7 @@ class LocalStore(BlobStore):
             path = self._path(key)
             if not path.exists():
                 return
+            self._refuse_cache()
             with self._lock():
                 path.unlink(missing_ok=True)
                 _sync_folder(path.parent)
@@ -199,10 +202,11 @@ class LocalStore(BlobStore):
         path = self._path(key)
         if path.is_dir():
             raise BadKey(f"{key}: is a folder in {self.uri}; a key cannot be both", key=key)
+        self._refuse_cache()
         self._temporary.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._swept:
-            self._swept = True
+        if not self._written_to:
+            self._written_to = True
             self.sweep(older_than_s=_LEFTOVER_AGE_S)
         temporary = self._temporary / f"nestquant-{uuid.uuid4().hex}.part"
         try:
@@ -213,6 +217,19 @@ class LocalStore(BlobStore):
             yield temporary, path
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _refuse_cache(self) -> None:
+        """Raise where the folder is a device's: the store's writes would mix with its files, and gc remove them."""
+        if self._written_to:
+            return
+        marker = self.root / CACHE_MARKER
+        if not marker.exists():  # as in caches of editions before the marker
+            marker = next(self.root.glob("models/*/state.json"), marker)
+        if marker.exists():
+            raise BadStoreURI(
+                f"{self.root} is a device's cache ({marker.relative_to(self.root)} is there); "
+                "give the store a folder of its own"
+            )
 
     def _replace(self, key: str, temporary: Path, path: Path) -> ObjectInfo:
         info = _info(key, temporary.stat())

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from storage.errors import InvalidManifest
+from storage.layout import MODEL_NAME
 
 SCHEMA_VERSION = 1
 
@@ -28,7 +29,7 @@ MAX_BLOB_BYTES = 1 << 40
 MAX_WEIGHTS = 1 << 40
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
-ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?$")]
+ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
 Codec = Literal["packed", "zstd"]
 # Names from a state dict: printable, so that they can be shown, and short enough to be looked at.
 LayerName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029]{0,512}$")]

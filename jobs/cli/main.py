@@ -73,7 +73,7 @@ def exit_code(error: BaseException) -> Exit:
     kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
         ((GateError,), Exit.GATE),
         ((ClusterError, NoCluster), Exit.STORE),
-        ((BadStoreURI, BadKey), Exit.USAGE),
+        ((BadStoreURI, BadKey, device_errors.ForeignFolder), Exit.USAGE),
         ((JobError,), Exit.USAGE),
         ((NoSpace, device_errors.NoSpace), Exit.DISK),
         ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),

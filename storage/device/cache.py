@@ -1,5 +1,6 @@
 """The device's cache: which bytes are whole, which are under way, and what is installed.
 
+    <root>/.nestquant-cache                     marks the folder as a cache's (``storage.device.ownership``)
     <root>/lock                                 one writer at a time; the system frees it when its holder dies
     <root>/blobs/sha256/<2 hex>/<64 hex>        whole and checked; shared between models and versions
     <root>/staging/<64 hex>.part                a blob under way; hashed again before it is continued
@@ -14,6 +15,7 @@ the right bytes. Blobs are counted by the manifests that name them; nothing else
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -27,6 +29,7 @@ from pydantic import Field, ValidationError
 
 from storage.blob_store import check_key
 from storage.device.errors import CacheBusy, CacheError, NoSpace, NotInstalled
+from storage.device.ownership import Found, check, check_folder, claim, walk
 from storage.digest import digest_hex
 from storage.layout import blob_key, model_prefix
 from storage.manifest import Descriptor, Digest, Manifest, ModelName, Record, canonical_json
@@ -89,11 +92,18 @@ class Cache:
 
     @contextmanager
     def lock(self, timeout_s: float) -> Iterator[None]:
-        """Hold the cache for writing; raise ``CacheBusy`` when another process keeps it longer than ``timeout_s``."""
+        """Hold the cache for writing; an empty or absent folder becomes one.
+
+        Raises ``CacheBusy`` when another process keeps it longer than ``timeout_s``, ``ForeignFolder`` where the folder
+        is not a cache's.
+        """
         with disk_errors(f"cache {self.root}"):
+            check(self.root)  # before the lock is written
             self.root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.root / "lock", timeout=timeout_s):
+                with disk_errors(f"cache {self.root}"):
+                    claim(self.root)
                 yield
         except Timeout as error:
             raise CacheBusy(f"another process works on {self.root}; waited {timeout_s:g} s") from error
@@ -158,7 +168,7 @@ class Cache:
         """Give a checked, flushed blob its final name."""
         part, final = self.part_path(digest), self.blob_path(digest)
         with disk_errors(str(final)):
-            _make_folder(final.parent)
+            self.make_folder(final.parent)
             part.replace(final)
             _flush_folder(final.parent)
             part.with_suffix(".etag").unlink(missing_ok=True)
@@ -173,19 +183,49 @@ class Cache:
         return dropped
 
     def model_folder(self, name: str) -> Path:
-        """Return a model's folder; raise ``BadKey`` for a name that no file system should be given."""
-        return self.root / check_key(model_prefix(name).rstrip("/"))
+        """Return a model's folder; raise ``BadKey`` for a name that no file system should be given.
+
+        ``ForeignFolder`` where a link stands in its place: what is behind one is not read either.
+        """
+        folder = self.root / check_key(model_prefix(name).rstrip("/"))
+        check_folder(self.root, folder)
+        return folder
 
     def knows(self, name: str) -> bool:
         """Tell whether there is anything of the model, if only the remains of a removal that was killed."""
-        return self.model_folder(name).is_dir()
+        folder = self.model_folder(name)
+        if not folder.is_dir():
+            return False
+        found = self._files_of(name)
+        return not found or any(file.kind is not None for file in found)
 
     def names(self) -> list[str]:
         """Return the models that the cache knows, sorted."""
-        return sorted(path.parent.name for path in (self.root / "models").glob("*/state.json"))
+        states = [found.path for found in walk(self.root, "models") if found.kind == "state"]
+        return sorted(path.parent.name for path in states if path.name == "state.json")
+
+    def forget(self, name: str) -> list[str]:
+        """Remove a model's state and manifests, the state last; return the names that are not ours and stay."""
+        found = self._files_of(name)
+        folder = self.model_folder(name)
+        with disk_errors(str(folder)):
+            for file in sorted(found, key=lambda file: file.kind == "state"):
+                if file.kind is not None:
+                    file.path.unlink()
+            for empty in (folder / "manifests", folder):
+                with contextlib.suppress(OSError):  # somebody's files stand in it
+                    empty.rmdir()
+        return [file.name.removeprefix(f"models/{name}/") for file in found if file.kind is None]
+
+    def _files_of(self, name: str) -> list[Found]:
+        self.model_folder(name)
+        return list(walk(self.root, f"models/{name}"))
 
     def sweep(self) -> int:
-        """Delete every blob, part and manifest that no state names; return the bytes freed."""
+        """Delete every blob, part and manifest that no state names; return the bytes freed.
+
+        Only files whose whole name is one of ours go: whatever else stands in the folder is somebody's.
+        """
         wanted: set[str] = set()
         manifests: set[Path] = set()
         for name in self.names():
@@ -195,19 +235,31 @@ class Cache:
                 manifests.add(self._manifest_path(name, version.digest))
         freed = 0
         with disk_errors(f"cache {self.root}"):
-            whole = {path.name: path for path in self.root.glob("blobs/sha256/*/*")}
-            staged = [path for path in self.root.glob("staging/*") if path.stem not in wanted - whole.keys()]
-            for path in [*staged, *(path for digest, path in whole.items() if digest not in wanted)]:
-                freed += path.stat().st_size
-                path.unlink()
-            for path in self.root.glob("models/*/manifests/*.json"):
-                if path not in manifests:
-                    path.unlink()
+            ours = [found for found in walk(self.root) if found.kind is not None]
+            coming = wanted - {found.stem for found in ours if found.kind == "blob"}
+            for found in ours:
+                needless = {
+                    "blob": found.stem not in wanted,
+                    "staged": found.stem not in coming,
+                    "manifest": found.path not in manifests,
+                }
+                if needless.get(found.kind or "", False):
+                    found.path.unlink()
+                    freed += found.size_bytes if found.kind != "manifest" else 0
         return freed
+
+    def make_folder(self, folder: Path) -> None:
+        """Create a folder below the root, each entered in its parent for good; no link is followed."""
+        check_folder(self.root, folder)
+        if not folder.is_dir():
+            if folder != self.root:
+                self.make_folder(folder.parent)
+            folder.mkdir(parents=folder == self.root, exist_ok=True)
+            _flush_folder(folder.parent)
 
     def _write(self, path: Path, data: bytes) -> None:
         with disk_errors(str(path)):
-            _make_folder(path.parent)
+            self.make_folder(path.parent)
             temporary = path.with_name(f"{path.name}.new")
             with temporary.open("wb") as file:
                 file.write(data)
@@ -215,14 +267,6 @@ class Cache:
                 os.fsync(file.fileno())
             temporary.replace(path)
             _flush_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each entered in its parent for good."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush_folder(folder.parent)
 
 
 def _flush_folder(folder: Path) -> None:

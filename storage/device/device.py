@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.device.cache import Cache, Installed, State, blobs_of, disk_errors
-from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled
+from storage.device.errors import CacheError, DeviceError, ForeignFolder, NoSpace, NotInstalled
 from storage.device.fetch import Fetcher, Traffic
 from storage.device.pace import Pace
 from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
 from storage.device.retry import Retry
-from storage.device.source import Documents, Source
+from storage.device.source import Documents, Source, StoreSource
 from storage.layout import blob_key
+from storage.local import LocalStore
 from storage.manifest import Descriptor, Manifest
 
 _BLOCK_BYTES = 1 << 20
@@ -51,6 +52,12 @@ class Device:
 
     def resolve(self, name: str, ref: str = "latest") -> Release:
         """Find a version by tag or number and check its manifest; nothing is written but trusted metadata."""
+        if self.unsigned:
+            return self._resolve(name, ref)
+        with self._lock():
+            return self._resolve(name, ref)
+
+    def _resolve(self, name: str, ref: str) -> Release:
         documents = Documents(self._need_source(), self.retry, self.pace, lambda why, s: self._retrying(name, why, s))
         if self.unsigned:
             return resolve_unsigned(documents, name, ref)
@@ -66,7 +73,7 @@ class Device:
         and then as the one to roll back to.
         """
         with self._lock():
-            release = self.resolve(name, ref)
+            release = self._resolve(name, ref)
             state = self._cache.state(name)
             same = state.current is not None and state.current.digest == release.digest
             floor = state.current.level if state.current else 0
@@ -75,7 +82,7 @@ class Device:
 
     def upgrade(self, name: str, level: int | None = None) -> Moved:
         """Bring the low shards of the version in use up to ``level`` (default: all). High shards never travel again."""
-        with self._lock():
+        with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
             manifest = self._cache.manifest(name, current.digest)
             target = _level(manifest, manifest.level_count() - 1 if level is None else level)
@@ -86,7 +93,7 @@ class Device:
 
     def downgrade(self, name: str, level: int = 0) -> Moved:
         """Delete low shards above ``level``, of ``previous`` too; those that another model shares stay."""
-        with self._lock():
+        with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
             target = min(current.level, _level(self._cache.manifest(name, current.digest), level))
             previous = state.previous and state.previous.model_copy(update={"level": min(state.previous.level, target)})
@@ -98,7 +105,7 @@ class Device:
 
     def rollback(self, name: str) -> Moved:
         """Make the previous version the current one, offline; a second call goes forward again."""
-        with self._lock():
+        with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
             previous = state.previous
             if previous is None:
@@ -117,13 +124,11 @@ class Device:
 
     def remove(self, name: str) -> int:
         """Forget a model; return the bytes freed. What was last trusted for it stays: it cannot come back older."""
-        with self._lock():
-            if not self._cache.knows(name):
-                raise NotInstalled(f"{name} is not in {self.root}")
+        with self._lock(name):
             self._cache.write_state(State(name=name))
             freed = self._sweep(name)
-            with disk_errors(f"{self.root}/models/{name}"):
-                shutil.rmtree(self._cache.model_folder(name))
+            for stays in self._cache.forget(name):
+                self._emit("warning", name, (0, 0), (0, 0), message=f"models/{name}: {stays} is not ours and stays")
             return freed
 
     def verify(self, name: str, *, discard: bool = False) -> Verified:
@@ -138,7 +143,7 @@ class Device:
             if (fault := self._fault(blob)) is not None:
                 damaged.append(fault)
                 if discard:
-                    with self._lock(), disk_errors(str(self._cache.blob_path(blob.digest))):
+                    with self._lock(name), disk_errors(str(self._cache.blob_path(blob.digest))):
                         self._cache.blob_path(blob.digest).unlink(missing_ok=True)
             self._emit("blob", name, (0, 0), (index, len(blobs)), path=self._cache.blob_path(blob.digest))
         total = sum(blob.size_bytes for blob in blobs)
@@ -273,7 +278,18 @@ class Device:
     def _moved(self, name: str, version: Installed, **figures: int) -> Moved:
         return Moved(name, version.version, version.digest, version.level, version.signed, **figures)
 
-    def _lock(self) -> AbstractContextManager[None]:
+    def _lock(self, name: str | None = None) -> AbstractContextManager[None]:
+        """Hold the cache. With the ``name`` of a model that is not there nothing is made, not even the lock."""
+        if name is not None and not self._cache.knows(name):
+            raise NotInstalled(f"{name} is not in {self.root}; pull it first")
+        store = self.source.store if isinstance(self.source, StoreSource) else None
+        if (
+            isinstance(store, LocalStore)
+            and self._cache.root.exists()
+            and store.root.exists()
+            and store.root.samefile(self._cache.root)
+        ):
+            raise ForeignFolder(f"{self.root}: the store that is pulled from; choose another folder for the cache")
         return self._cache.lock(self.lock_timeout_s)
 
     def _need_source(self) -> Source:

@@ -12,7 +12,8 @@ StorageError
     └── CacheError             the device's own disk
         ├── NoSpace            the disk, quota or file-size limit is full
         ├── NotInstalled       the cache does not hold that model (or no version to go back to)
-        └── CacheBusy          another process works on this cache
+        ├── CacheBusy          another process works on this cache
+        └── ForeignFolder      the folder is a store's or somebody's, or a link stands in it: not a cache's to change
 """
 
 from storage.errors import StorageError
@@ -71,6 +72,10 @@ class NoSpace(CacheError):
 
 class NotInstalled(CacheError):
     """The cache does not hold the model, or no version to go back to."""
+
+
+class ForeignFolder(CacheError):
+    """The folder is not a cache's to change: somebody's files, a store, or a link in the place of a folder."""
 
 
 class CacheBusy(CacheError):

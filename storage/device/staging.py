@@ -73,7 +73,7 @@ def staging(cache: Cache, blob: Descriptor) -> Iterator[Staged]:
     """Open what is staged of ``blob``, empty where there is nothing."""
     path = cache.part_path(blob.digest)
     with disk_errors(str(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.make_folder(path.parent)
         path.touch()
         file = path.open("r+b", buffering=0)
     with file:

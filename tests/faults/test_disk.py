@@ -97,7 +97,7 @@ def test_a_read_only_cache(tmp_path: Path) -> None:
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
-    with pytest.raises(CacheError, match=r"File exists|Not a directory"):
+    with pytest.raises(CacheError, match="cache: a file; a cache is a folder"):
         Device(tmp_path / "cache", StoreSource(LocalStore(tmp_path / "store")), unsigned=True).pull("net")
 
 

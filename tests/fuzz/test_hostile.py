@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from storage.device import Device, Retry, StoreSource
 from storage.device.resolve import parse_release
 from storage.errors import InvalidManifest, InvalidShard, StorageError
-from storage.layout import blob_key, manifest_key, tag_key
+from storage.layout import CACHE_MARKER, blob_key, manifest_key, tag_key
 from storage.manifest import canonical_json
 from storage.memory import MemoryStore
 from storage.registry import TagRecord
@@ -83,7 +83,7 @@ def test_a_device_takes_nothing_of_a_hostile_manifest(tmp_path: Path, name: str)
     device = Device(tmp_path / "cache", StoreSource(store), unsigned=True)
     with pytest.raises(StorageError):
         device.pull("net", "1")
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) in ([], ["lock"])
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) in ([], [CACHE_MARKER, "lock"])
 
 
 def test_the_corpus_starts_from_what_is_accepted() -> None:
@@ -209,7 +209,7 @@ def test_names_and_refs(tmp_path_factory: pytest.TempPathFactory, name: str, ref
         except StorageError as error:
             one_line(error)
     assert {path.name for path in folder.iterdir()} <= {"cache"}
-    assert {path.name for path in (folder / "cache").iterdir()} <= {"lock"}
+    assert {path.name for path in (folder / "cache").iterdir()} <= {CACHE_MARKER, "lock"}
 
 
 @settings(max_examples=60, deadline=5000, suppress_health_check=list(HealthCheck))
