@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
 from jobs.driver import REPORT, prepare
-from jobs.events import Listener, StageClock
+from jobs.events import Event, Listener, StageClock
 from jobs.result import JobResult, LayerQuality, layer_damage
 from jobs.spec.job import AnalysisSpec, JobSpec
 from jobs.stages.sensitivity import measure_sensitivities
@@ -18,6 +16,7 @@ from storage.manifest import Record
 from storage.registry import Registry
 from workers.errors import WorkError
 from workers.executor import Executor
+from workers.scratch import scratch
 
 
 class Analysis(Record):
@@ -53,8 +52,8 @@ def analyze_spec(
     if not spec.measures_layers:  # so that a task's memory is checked before work starts
         spec = spec.model_copy(update={"analysis": AnalysisSpec()})
     clock = StageClock(listen)
-    with tempfile.TemporaryDirectory(prefix="nestquant-analyze-") as folder:
-        prepared = prepare(spec, executor, Path(folder), clock)
+    with scratch("analyze", tell=lambda text: listen(Event("note", "validate", message=text))) as folder:
+        prepared = prepare(spec, executor, folder, clock)
         with clock.stage("sensitivity"):
             records = measure_sensitivities(
                 spec,

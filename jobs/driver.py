@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from workers.executor import Executor
 from workers.images import open_images
 from workers.measure import Measured
 from workers.quantize import run_bundle
+from workers.scratch import scratch
 from workers.sensitivity import SensitivityRecord
 from workers.tasks import BaseRecord, Bundle, GroupRecord, TaskContext, UnitResult
 
@@ -155,12 +155,12 @@ def run_job(spec: JobSpec, executor: Executor, listen: Listener = lambda _: None
         SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
     """
     clock = StageClock(listen)
-    with tempfile.TemporaryDirectory(prefix="nestquant-job-") as folder:
-        prepared = prepare(spec, executor, Path(folder), clock)
+    with scratch("job", tell=lambda text: listen(Event("note", "validate", message=text))) as folder:
+        prepared = prepare(spec, executor, folder, clock)
         for note in prepared.staged.notes:
             listen(Event("note", "plan", message=note))
         prepared, measurements = measure(spec, prepared, executor, clock)
-        outcome = _carry_out(spec, prepared, executor, Path(folder), clock, measurements=measurements)
+        outcome = _carry_out(spec, prepared, executor, folder, clock, measurements=measurements)
     result = _result(spec, prepared, outcome, clock.seconds)
     prepared.registry.put_report(result.name, result.version, REPORT, canonical_json(result))
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from jobs.events import Event, Listener
@@ -15,6 +14,7 @@ from workers.checkpoint import fetch
 from workers.evaluate import top1
 from workers.images import open_images
 from workers.measure import Measured
+from workers.scratch import scratch
 from workers.zoo import Preprocessing
 
 
@@ -44,12 +44,12 @@ def measure_published(
     Raises:
         WorkError, storage.StorageError: what is missing or does not fit.
     """
-    with tempfile.TemporaryDirectory(prefix="nestquant-evaluate-") as folder:
-        images = open_images(fetch(data, Path(folder)))
+    with scratch("evaluate", tell=lambda text: listen(Event("note", "evaluate", message=text))) as folder:
+        images = open_images(fetch(data, folder))
         images.require_labels()
         if cache is None:
             assert store is not None
-            device = Device(Path(folder) / "cache", StoreSource(open_store(store)), unsigned=True)
+            device = Device(folder / "cache", StoreSource(open_store(store)), unsigned=True)
             device.pull(name, ref)
             device.upgrade(name)
         else:

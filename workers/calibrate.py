@@ -6,10 +6,8 @@ batch has the same place and size in every split. Any number of workers gives th
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from storage.manifest import Record
 from workers.checkpoint import fetch, load_network
 from workers.errors import WorkError
 from workers.images import open_images
+from workers.scratch import scratch
 from workers.tensors import TensorSource
 from workers.threads import threads
 from workers.zoo import Preprocessing
@@ -65,7 +64,7 @@ def observe(task: CalibrateTask) -> Observed:
     preprocessing = Preprocessing.from_record(task.preprocessing)
     # One thread: how a sum is split over threads changes its last bit, and a bit can move a value to the next bin.
     with (
-        tempfile.TemporaryDirectory(prefix="nestquant-calibrate-") as folder,
+        scratch("calibrate") as folder,
         threads(1),
         _observed(network, task.layers) as histograms,
     ):
@@ -74,7 +73,7 @@ def observe(task: CalibrateTask) -> Observed:
             network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
             samples, skipped = 0, list[tuple[str, str]]()
         else:
-            images = open_images(fetch(task.data, Path(folder))).sample(task.samples)
+            images = open_images(fetch(task.data, folder)).sample(task.samples)
             samples = 0
             for inputs, _ in images.batches(
                 preprocessing, batch_size=task.batch_size, start=task.start, stop=task.stop

@@ -7,6 +7,8 @@ WorkError
 ├── CheckpointError  the weights do not fit the architecture, or cannot be read
 ├── DataError        images or labels cannot be read
 ├── ArtifactError    a pulled version does not fit together
+├── ScratchError     the temporary folder is not there, or cannot be written
+│   └── ScratchFull  there is no room left in it
 ├── NoCluster        no Ray cluster answers where the spec says that there is one
 ├── WorkerLost       a task's process or machine went away once too often
 ├── DoesNotFit       no machine is large enough for one task
@@ -16,8 +18,10 @@ WorkError
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class WorkError(Exception):
@@ -38,6 +42,22 @@ class DataError(WorkError):
 
 class ArtifactError(WorkError):
     """A pulled version does not fit together."""
+
+
+class ScratchError(WorkError):
+    """The temporary folder is not there, or cannot be written."""
+
+    @staticmethod
+    def of(place: Path, error: OSError) -> ScratchError:
+        """Return what an error of the operating system in the temporary folder ``place`` comes to."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ScratchFull(f"No room in the temporary folder {place}; free some, or set TMPDIR to a larger one.")
+        told = error.strerror or str(error)
+        return ScratchError(f"The temporary folder {place}: {told}; set TMPDIR to a folder that can be written.")
+
+
+class ScratchFull(ScratchError):
+    """There is no room left in the temporary folder."""
 
 
 class NoCluster(WorkError):

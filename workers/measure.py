@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from workers import runtime
 from workers.checkpoint import fetch, load_network
 from workers.evaluate import Accuracy, top1
 from workers.images import open_images
+from workers.scratch import scratch
 from workers.tensors import TensorSource
 from workers.zoo import Preprocessing
 
@@ -66,17 +66,17 @@ def measure(task: MeasureTask) -> Measured:
         WorkError: the images or the version cannot be read.
     """
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="nestquant-measure-") as folder:
+    with scratch("measure") as folder:
         resident: int | None = None
         if task.level is None:
             network = load_network(task.library, task.arch, dict(task.kwargs), task.source)
         else:
-            nested = _nested(task, Path(folder))
+            nested = _nested(task, folder)
             nested.quantize_activations(enabled=task.activations)
             resident, network = nested.resident_bytes(), nested.network
             # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
             nested.set_residency("expanded")
-        images = open_images(fetch(task.data, Path(folder)))
+        images = open_images(fetch(task.data, folder))
         preprocessing = Preprocessing.from_record(dict(task.preprocessing))
         accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit)
     return Measured(

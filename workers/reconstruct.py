@@ -8,9 +8,7 @@ kind may change). A member that is lost is made anew: it walks through the solve
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from workers.images import open_images
 from workers.lanes import Lanes, Walk
 from workers.ledger import keep_record
 from workers.quantize import read_piece
+from workers.scratch import scratch
 from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution, solved_key
 from workers.tasks import PieceTask, TaskContext
 from workers.tensors import open_tensors
@@ -92,10 +91,10 @@ class Member:
         network = load_network(task.library, task.arch, task.kwargs, self._source)
         preprocessing = Preprocessing.from_record(task.preprocessing)
         lanes = self._lanes = Lanes(network, [piece.layer for piece in task.layers], task.level_count)
-        with tempfile.TemporaryDirectory(prefix="nestquant-reconstruct-") as folder, threads(1):
+        with scratch("reconstruct") as folder, threads(1):
             size = (1, len(preprocessing.mean), preprocessing.size, preprocessing.size)
             called = lanes.probe(torch.randn(size, generator=torch.Generator().manual_seed(0)))
-            images = open_images(fetch(task.data, Path(folder))).sample(task.samples)
+            images = open_images(fetch(task.data, folder)).sample(task.samples)
             samples = 0
             for start, stop in task.chunks:
                 batches = images.batches(preprocessing, batch_size=stop - start, start=start, stop=stop)

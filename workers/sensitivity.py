@@ -7,7 +7,6 @@ sums in float64 in the order of the images: its result depends on nothing but it
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from workers.images import open_images, spread
 from workers.ledger import find_record, keep_record
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
+from workers.scratch import scratch
 from workers.tasks import PieceTask, TaskContext
 from workers.tensors import open_tensors
 from workers.threads import threads
@@ -123,8 +123,8 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     network = load_network(task.library, task.arch, task.kwargs, source)
     weight = read_piece(open_tensors(source), task.layer)
     # One thread: how a sum is split over threads changes its last bit.
-    with tempfile.TemporaryDirectory(prefix="nestquant-sensitivity-") as folder, threads(1):
-        judged, rest, skipped = _images(task, Path(folder))
+    with scratch("sensitivity") as folder, threads(1):
+        judged, rest, skipped = _images(task, folder)
         labelled = all(int(labels.min()) >= 0 for _, labels in judged)
         reference, moments = _run_float(network, task, judged, rest)
         module = network.get_submodule(task.layer.layer)

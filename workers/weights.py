@@ -5,7 +5,6 @@ A network of a billion weights is 4 GB in memory while it is made; the driver se
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.uri import open_store
 from workers.checkpoint import pretrained_state, random_state, save_state
+from workers.scratch import scratch
 from workers.tensors import TensorReader, TensorSource
 
 MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
@@ -53,13 +53,13 @@ def make_weights(task: WeightsTask) -> MadeWeights:
         storage.StorageError: the store refused.
     """
     kwargs = dict(task.kwargs)
-    with tempfile.TemporaryDirectory(prefix="nestquant-weights-", dir=task.folder) as scratch:
+    with scratch("weights", parent=task.folder) as place:
         state = (
             pretrained_state(task.library, task.arch, kwargs)
             if task.random_seed is None
             else random_state(task.library, task.arch, kwargs, task.random_seed)
         )
-        path = save_state(state, Path(scratch) / "weights.safetensors")
+        path = save_state(state, place / "weights.safetensors")
         del state
         what = "pretrained weights" if task.random_seed is None else f"weights of random_seed {task.random_seed}"
         reader = TensorReader(TensorSource(None, str(path), name=f"{task.library} {task.arch}, {what}"))

@@ -29,7 +29,7 @@ from storage.errors import (
     StorageError,
     StoreUnavailable,
 )
-from workers.errors import NoCluster, WorkError
+from workers.errors import NoCluster, ScratchFull, WorkError
 
 
 class Exit(IntEnum):
@@ -75,7 +75,7 @@ def exit_code(error: BaseException) -> Exit:
         ((ClusterError, NoCluster), Exit.STORE),
         ((BadStoreURI, BadKey, device_errors.ForeignFolder), Exit.USAGE),
         ((JobError,), Exit.USAGE),
-        ((NoSpace, device_errors.NoSpace), Exit.DISK),
+        ((NoSpace, ScratchFull, device_errors.NoSpace), Exit.DISK),
         ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),
         ((device_errors.ContentError, device_errors.Untrusted), Exit.INTEGRITY),
         ((Corrupt, Damaged, InvalidManifest, InvalidShard), Exit.INTEGRITY),

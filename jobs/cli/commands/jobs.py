@@ -109,15 +109,14 @@ def _change(text: str) -> tuple[str, Any]:
 
 
 def _dry_run(job: JobSpec, *, as_json: bool) -> None:
-    import tempfile
-
     from jobs.cli import console
     from jobs.driver import prepare
     from jobs.events import StageClock
     from workers.executor import InProcessExecutor
+    from workers.scratch import scratch
 
-    with tempfile.TemporaryDirectory(prefix="nestquant-job-") as folder:
-        prepared = prepare(job, InProcessExecutor(), Path(folder), StageClock(lambda _: None))
+    with scratch("job", tell=lambda text: typer.echo(f"note: {text}", err=True)) as folder:
+        prepared = prepare(job, InProcessExecutor(), folder, StageClock(lambda _: None))
     if as_json:
         print_json(console.plan_document(prepared, job.quantize))
     else:
