@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from jobs.driver import REPORT, prepare
 from jobs.events import Event, Listener, StageClock
-from jobs.result import JobResult, LayerQuality, layer_damage
+from jobs.result import REPORT, JobResult, LayerQuality, layer_damage
 from jobs.spec.job import AnalysisSpec, JobSpec
-from jobs.stages.sensitivity import measure_sensitivities
+from jobs.stages.preparation import prepare
+from jobs.stages.sensitivity import measure_layers
 from storage.errors import NotFound
 from storage.manifest import Record
 from storage.registry import Registry
@@ -53,18 +53,8 @@ def analyze_spec(
         spec = spec.model_copy(update={"analysis": AnalysisSpec()})
     clock = StageClock(listen)
     with scratch("analyze", tell=lambda text: listen(Event("note", "validate", message=text))) as folder:
-        prepared = prepare(spec, executor, folder, clock)
-        with clock.stage("sensitivity"):
-            records = measure_sensitivities(
-                spec,
-                prepared.staged,
-                prepared.plan,
-                executor,
-                context=prepared.context,
-                on_done=clock.progress("sensitivity"),
-                more_bits=more_bits,
-                samples=samples,
-            )
+        job = prepare(spec, executor, folder, clock)
+        records = measure_layers(job, executor, clock, more_bits=more_bits, samples=samples)
     layers = tuple(
         LayerQuality(
             name=layer.layer,
@@ -75,7 +65,7 @@ def analyze_spec(
             level_bytes=(damage.shard_bytes,),
             damage=layer_damage(record, damage.bits),
         )
-        for layer, record in zip(prepared.plan.whole_layers, records, strict=True)
+        for layer, record in zip(job.plan.whole_layers, records, strict=True)
         for damage in record.damages
     )
     skipped = dict.fromkeys(image for record in records for image in record.skipped)

@@ -5,11 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from jobs.stages.mixed import MixedRecord
 from storage.manifest import FloatRecord, LayerRecord, Record, SizeRecord
 from workers.measure import Measured
 from workers.sensitivity import SensitivityRecord, sqnr_db
 from workers.tasks import GroupRecord, PieceRecord, UnitResult
+
+REPORT = "job"
+"""What the report beside a version is called."""
+
+
+class MixedRecord(Record):
+    """What was chosen, layer by layer, and what it was expected to give: kept in the ledger and in the job's result.
+
+    ``mean_bits`` weighs layers by their weights. ``divergence`` in nats and ``drop`` in points of top-1 are predicted,
+    ``level_bytes`` of the level-0 shards is estimated.
+    """
+
+    high_bits: dict[str, int]
+    mean_bits: float
+    level_bytes: int
+    divergence: float
+    drop: float
 
 
 class LayerDamage(Record):

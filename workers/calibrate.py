@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from nestquant.observers import Histogram
 from storage.manifest import Record
-from workers.checkpoint import fetch, load_network
+from workers.checkpoint import fetch, open_network
 from workers.errors import WorkError
 from workers.images import open_images
 from workers.scratch import scratch
-from workers.tensors import TensorSource
+from workers.tasks import NetworkRef
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
@@ -30,17 +30,13 @@ NOISE_BATCH = 8
 class CalibrateTask(Record):
     """Observe images ``start:stop`` of the ``samples`` taken of a set, or one batch of noise where ``data`` is None."""
 
-    library: str
-    arch: str
-    kwargs: dict[str, Any]
-    source: TensorSource
+    network: NetworkRef
     layers: tuple[str, ...]
     data: str | None
     samples: int
     start: int
     stop: int
     batch_size: int
-    preprocessing: dict[str, Any]
 
 
 class Observed(Record):
@@ -60,8 +56,8 @@ def observe(task: CalibrateTask) -> Observed:
     Raises:
         WorkError: an activation is NaN or infinite; the message names the layer.
     """
-    network = load_network(task.library, task.arch, task.kwargs, task.source)
-    preprocessing = Preprocessing.from_record(task.preprocessing)
+    network = open_network(task.network)
+    preprocessing = Preprocessing.from_record(task.network.preprocessing)
     # One thread: how a sum is split over threads changes its last bit, and a bit can move a value to the next bin.
     with (
         scratch("calibrate") as folder,

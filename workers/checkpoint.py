@@ -18,6 +18,7 @@ from storage.s3 import S3Store
 from storage.uri import open_store
 from workers import zoo
 from workers.errors import CheckpointError, nearest, shown
+from workers.tasks import NetworkRef
 from workers.tensors import TensorInfo, TensorReader, TensorSource
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
@@ -150,6 +151,11 @@ def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]
     raise CheckpointError(
         f"{reader.source} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
     )
+
+
+def open_network(network: NetworkRef) -> nn.Module:
+    """Build the float network that a task names and load its weights (`load_network`)."""
+    return load_network(network.library, network.arch, network.kwargs, network.source)
 
 
 def load_network(library: str, arch: str, kwargs: dict[str, Any], source: TensorSource) -> nn.Module:

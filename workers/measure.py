@@ -9,28 +9,25 @@ from storage.device import Device, StoreSource
 from storage.manifest import Record
 from storage.uri import open_store
 from workers import runtime
-from workers.checkpoint import fetch, load_network
+from workers.checkpoint import fetch, open_network
 from workers.evaluate import Accuracy, top1
 from workers.images import open_images
 from workers.scratch import scratch
-from workers.tensors import TensorSource
+from workers.tasks import NetworkRef
 from workers.zoo import Preprocessing
 
 
 class MeasureTask(Record):
     """Measure one mode of one version.
 
-    ``level`` None measures the float network from its source.     ``cache`` is a device's folder that holds the
+    ``level`` None measures the float network from its source. ``cache`` is a device's folder that holds the
     version already, where the worker can see it; else the worker pulls the version itself.
     """
 
     mode: str
     level: int | None
     activations: bool
-    library: str
-    arch: str
-    kwargs: dict[str, object]
-    source: TensorSource
+    network: NetworkRef
     store_uri: str
     name: str
     version: int
@@ -38,7 +35,6 @@ class MeasureTask(Record):
     data: str
     limit: int | None
     batch_size: int
-    preprocessing: dict[str, object]
 
 
 class Measured(Record):
@@ -69,7 +65,7 @@ def measure(task: MeasureTask) -> Measured:
     with scratch("measure") as folder:
         resident: int | None = None
         if task.level is None:
-            network = load_network(task.library, task.arch, dict(task.kwargs), task.source)
+            network = open_network(task.network)
         else:
             nested = _nested(task, folder)
             nested.quantize_activations(enabled=task.activations)
@@ -77,7 +73,7 @@ def measure(task: MeasureTask) -> Measured:
             # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
             nested.set_residency("expanded")
         images = open_images(fetch(task.data, folder))
-        preprocessing = Preprocessing.from_record(dict(task.preprocessing))
+        preprocessing = Preprocessing.from_record(task.network.preprocessing)
         accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit)
     return Measured(
         mode=task.mode,

@@ -67,7 +67,7 @@ def run_unit(context: TaskContext, unit: Unit, registry: Registry | None = None)
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
-    done = _do(registry, context.source, unit, context.job)
+    done = _do(registry, context.network.source, unit, context.job)
     keep_record(registry, key, done.record)
     return UnitResult(
         record=done.record,

@@ -9,7 +9,6 @@ kind may change). A member that is lost is made anew: it walks through the solve
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from nestquant.quantize import quantize_weight
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.uri import open_store
-from workers.checkpoint import fetch, load_network
+from workers.checkpoint import fetch, open_network
 from workers.errors import WorkError
 from workers.images import open_images
 from workers.lanes import Lanes, Walk
@@ -49,15 +48,11 @@ class MemberTask(Record):
     """
 
     context: TaskContext
-    library: str
-    arch: str
-    kwargs: dict[str, Any]
     layers: tuple[PieceTask, ...]
     level_count: int
     data: str
     samples: int
     chunks: tuple[tuple[int, int], ...]
-    preprocessing: dict[str, Any]
 
 
 class Begun(Record):
@@ -75,7 +70,7 @@ class Member:
     def __init__(self, task: MemberTask) -> None:
         self.task = task
         self.registry = Registry(open_store(task.context.store_uri))
-        self._source = task.context.source
+        self._source = task.context.network.source
         self._lanes: Lanes | None = None
         self._walks: list[Walk | None] = []
         self._applied: set[int] = set()
@@ -88,8 +83,8 @@ class Member:
             WorkError: the checkpoint or the image set cannot be read.
         """
         task = self.task
-        network = load_network(task.library, task.arch, task.kwargs, self._source)
-        preprocessing = Preprocessing.from_record(task.preprocessing)
+        network = open_network(task.context.network)
+        preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
         lanes = self._lanes = Lanes(network, [piece.layer for piece in task.layers], task.level_count)
         with scratch("reconstruct") as folder, threads(1):
             size = (1, len(preprocessing.mean), preprocessing.size, preprocessing.size)

@@ -29,7 +29,7 @@ from storage.registry import Registry
 from storage.shard import IntegerTensor, build_shard
 from storage.uri import open_store
 from workers.calibrate import NOISE_SEED
-from workers.checkpoint import fetch, load_network
+from workers.checkpoint import fetch, open_network
 from workers.errors import DataError, WorkError
 from workers.images import open_images, spread
 from workers.ledger import find_record, keep_record
@@ -41,6 +41,12 @@ from workers.tensors import open_tensors
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
+NOISE_SAMPLES = 32
+"""Images of noise where the job has none of its own."""
+
+BATCH_SIZE = 32
+"""Images of noise in one forward pass."""
+
 
 class SensitivityTask(Record):
     """Measure one layer at each of ``candidates``: the bits of its levels, the last of which it runs at.
@@ -51,9 +57,6 @@ class SensitivityTask(Record):
     """
 
     context: TaskContext
-    library: str
-    arch: str
-    kwargs: dict[str, Any]
     layer: PieceTask
     index: int
     candidates: tuple[tuple[int, ...], ...]
@@ -62,7 +65,6 @@ class SensitivityTask(Record):
     samples: int
     stop: int
     batch_size: int
-    preprocessing: dict[str, Any]
 
 
 class Damage(Record):
@@ -119,9 +121,8 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     found = find_record(registry, key, SensitivityRecord)
     if found is not None:
         return found
-    source = task.context.source
-    network = load_network(task.library, task.arch, task.kwargs, source)
-    weight = read_piece(open_tensors(source), task.layer)
+    network = open_network(task.context.network)
+    weight = read_piece(open_tensors(task.context.network.source), task.layer)
     # One thread: how a sum is split over threads changes its last bit.
     with scratch("sensitivity") as folder, threads(1):
         judged, rest, skipped = _images(task, folder)
@@ -156,7 +157,7 @@ Batch = tuple[Tensor, Tensor]
 
 def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batch], tuple[tuple[str, str], ...]]:
     """Return the batches that damage is measured on, those that moments are taken from, and what was left out."""
-    preprocessing = Preprocessing.from_record(task.preprocessing)
+    preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
     if task.data is None:
         shape = (task.samples, len(preprocessing.mean), preprocessing.size, preprocessing.size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
@@ -22,22 +22,22 @@ from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.tensor_file import load_tensors, save_tensors
 from storage.uri import open_store
-from workers.checkpoint import load_network
+from workers.checkpoint import open_network
 from workers.errors import DataError, WorkError
 from workers.ledger import find_record
 from workers.tasks import TaskContext
 from workers.threads import threads
 from workers.zoo import Preprocessing
 
+SAMPLES = 128
+CHUNK = 32
+"""Images of one chunk, each with statistics of its own: fewer would not do for the layers with few positions."""
+
 
 class SynthesizeTask(Record):
     """Make one chunk of images, and take the network's BatchNorm statistics on them."""
 
     context: TaskContext
-    library: str
-    arch: str
-    kwargs: dict[str, Any]
-    preprocessing: dict[str, Any]
     samples: int
     chunk: int
 
@@ -46,9 +46,6 @@ class JoinTask(Record):
     """Join the chunks to one image set and one network."""
 
     context: TaskContext
-    library: str
-    arch: str
-    kwargs: dict[str, Any]
     chunks: int
 
 
@@ -86,10 +83,10 @@ def synthesize(task: SynthesizeTask) -> int:
         DataError: the network takes images of neither one nor three channels.
         WorkError: what goes into a BatchNorm is not finite; the message names it.
     """
-    preprocessing = Preprocessing.from_record(task.preprocessing)
+    preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
     if len(preprocessing.mean) not in (1, 3):
         raise DataError(f"recipe 'data_free': {len(preprocessing.mean)} channels; expected a network of 1 or 3.")
-    network = _network(task.context, task.library, task.arch, task.kwargs)
+    network = open_network(task.context.network)
     # One thread: how a sum is split over threads changes its last bit.
     with threads(1):
         images = synthetic_images(
@@ -98,7 +95,7 @@ def synthesize(task: SynthesizeTask) -> int:
         try:
             found = take_statistics(network, _normalised(images, preprocessing))
         except ValueError as error:
-            raise WorkError(f"{task.arch}: {error}") from error
+            raise WorkError(f"{task.context.network.arch}: {error}") from error
     tensors: dict[str, Any] = {"x": images.numpy()}
     for name, sums in found.items():
         tensors |= {
@@ -121,7 +118,7 @@ def join(task: JoinTask) -> SyntheticRecord:
     content = stream.getvalue()
     found = _merged(chunks)
     if found:
-        network = _network(task.context, task.library, task.arch, task.kwargs)
+        network = open_network(task.context.network)
         put_statistics(network, found)
         state = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
         registry.store.put(synthetic_key(job, "network.safetensors"), save(state), mode="overwrite")
@@ -151,10 +148,6 @@ def _sums(chunk: Any, name: str) -> NormSums:
 
 def _chunk_key(context: TaskContext, chunk: int) -> str:
     return synthetic_key(context.job, f"chunk-{chunk:06d}.safetensors")
-
-
-def _network(context: TaskContext, library: str, arch: str, kwargs: dict[str, Any]) -> nn.Module:
-    return load_network(library, arch, kwargs, context.source)
 
 
 def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:

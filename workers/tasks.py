@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from nestquant.config import NestConfig
 from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
 from workers.tensors import TensorSource
+
+
+class NetworkRef(Record):
+    """A float network as every task names it: its architecture, where its weights lie, how images become its inputs.
+
+    ``preprocessing`` as in ``workers.zoo.Preprocessing``.
+    """
+
+    library: str
+    arch: str
+    kwargs: dict[str, Any]
+    source: TensorSource
+    preprocessing: dict[str, Any]
 
 
 class PieceTask(Record):
@@ -77,8 +90,8 @@ class TaskContext(Record):
     """Where a task reads and writes: the same for every task of a job."""
 
     store_uri: str
-    source: TensorSource
     job: str
+    network: NetworkRef
 
 
 class Bundle(Record):

@@ -54,7 +54,7 @@ def observed(function: Callable[[A], R], item: A) -> R:
     metrics, name, begin = _metrics(), getattr(function, "__name__", "task"), time.perf_counter()
     fields: dict[str, Any] = {"task": name}
     if isinstance(item, Bundle):
-        fields |= {"job": item.context.job, "source": item.context.source.key}
+        fields |= {"job": item.context.job, "source": item.context.network.source.key}
     try:
         result = function(item)
     except BaseException as error:

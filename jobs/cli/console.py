@@ -15,13 +15,12 @@ from rich.table import Table
 
 from jobs.cli.options import console as new_console
 from jobs.cli.options import size
-from jobs.driver import Prepared
 from jobs.events import Event, Listener
 from jobs.result import JobResult, level_name
-from jobs.spec.job import ClusterSpec, QuantizeSpec
+from jobs.spec.job import QuantizeSpec
+from jobs.stages.job import Job
 from jobs.stages.plan import has_own_bits
 from storage.manifest import LayerRecord, Manifest
-from workers.executor import Executor, InProcessExecutor
 from workers.measure import Measured
 
 _WORDS = {
@@ -37,28 +36,6 @@ _WORDS = {
     "pull": "pull it back as a device",
     "evaluate": "measure what was pulled",
 }
-
-
-@contextmanager
-def executor(cluster: ClusterSpec, *, local: bool, json_logs: bool = False) -> Iterator[Executor]:
-    """Yield who does the work: this process with ``local``, else the Ray cluster that the spec names."""
-    if local:
-        yield InProcessExecutor()
-        return
-    from workers.remote import RayExecutor, RaySettings
-
-    settings = RaySettings(
-        address=cluster.address,
-        num_cpus=cluster.num_cpus,
-        cpus_per_task=cluster.cpus_per_task,
-        max_in_flight=cluster.max_in_flight,
-        max_retries=cluster.max_retries,
-        task_timeout_s=cluster.task_timeout_s,
-        node_timeout_s=0 if cluster.address == "local" else cluster.node_timeout_s,
-        json_logs=json_logs,
-    )
-    with RayExecutor(settings) as ray_executor:
-        yield ray_executor
 
 
 @contextmanager
@@ -200,26 +177,26 @@ def _accuracy_table(measured: Sequence[Measured]) -> Table:
     return table
 
 
-def plan_document(prepared: Prepared, quantize: QuantizeSpec) -> dict[str, Any]:
+def plan_document(job: Job) -> dict[str, Any]:
     """Return the plan as JSON values."""
-    plan = prepared.plan
+    plan, quantize = job.plan, job.spec.quantize
     return {
-        "job": prepared.job,
+        "job": job.digest,
         "layers": [layer.model_dump(mode="json") for layer in plan.layers],
         "kept_float": [record.model_dump(mode="json") for record in plan.kept_float],
         "weights": plan.weights,
         "shard_groups": len(plan.groups),
         "base_blobs": len(plan.base),
         "tasks": len(plan.tasks),
-        "memory_bytes": {stage: need.memory_bytes for stage, need in prepared.needs.items()},
+        "memory_bytes": {stage: need.memory_bytes for stage, need in job.needs.items()},
         # Where these are several, the job chooses for each layer without bits of its own in quantize.overrides.
         "high_choices": list(quantize.high_choices),
     }
 
 
-def print_plan(prepared: Prepared, quantize: QuantizeSpec) -> None:
+def print_plan(job: Job) -> None:
     """Print the plan: layers in execution order, shards, tasks, memory, and what stays float."""
-    plan, console = prepared.plan, new_console()
+    plan, quantize, console = job.plan, job.spec.quantize, new_console()
     table = Table("layer", "kind", "shape", "bits", "scheme", "shard groups")
     for layer in plan.layers:
         groups = (
@@ -241,9 +218,9 @@ def print_plan(prepared: Prepared, quantize: QuantizeSpec) -> None:
     console.print(
         f"{plan.weights:,} weights in {len(plan.layers)} layers -> "
         f"{len(plan.groups)} shard groups and {len(plan.base)} base blobs in "
-        f"{len(plan.tasks)} tasks; job {prepared.job}"
+        f"{len(plan.tasks)} tasks; job {job.digest}"
     )
-    needs = ", ".join(f"{stage} {size(need.memory_bytes)}" for stage, need in prepared.needs.items())
+    needs = ", ".join(f"{stage} {size(need.memory_bytes)}" for stage, need in job.needs.items())
     console.print(f"memory of a task, at most: {needs}")
 
 

@@ -23,6 +23,7 @@ from jobs.cli.main import run
 from jobs.cli.options import console as new_console
 from jobs.driver import run_job
 from jobs.errors import SpecError
+from jobs.executors import open_executor
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
@@ -56,7 +57,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     spec = parse_spec(document, where=str(path))
     out.print(f"\n[bold]nestquant quantize {path}[/]   (local Ray, the folder {spec.store.uri} as the store)")
-    with console.listener(quiet=False) as listen, console.executor(spec.cluster, local=False) as executor:
+    with console.listener(quiet=False) as listen, open_executor(spec.cluster, local=False) as executor:
         result = run_job(spec, executor, listen)
     console.print_result(result)
     _device_session(out, spec, result)

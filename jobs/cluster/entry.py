@@ -15,10 +15,10 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-from jobs.cli.console import executor
 from jobs.cluster.record import End, JobRecord
 from jobs.driver import run_job
 from jobs.events import Event
+from jobs.executors import open_executor
 from jobs.spec.job import JobSpec
 from storage.uri import open_store
 
@@ -60,7 +60,7 @@ def main() -> int:
     reporter = _Reporter(record, number, spec)
     cluster = spec.cluster.model_copy(update={"address": "auto"})
     try:
-        with executor(cluster, local=False, json_logs=True) as ray_executor:
+        with open_executor(cluster, local=False, json_logs=True) as ray_executor:
             result = run_job(spec, ray_executor, reporter.listen)
     except KeyboardInterrupt:
         reporter.write(kind="stopped")

@@ -12,8 +12,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from jobs.driver import tool_versions
 from jobs.spec.job import METHOD_VERSION, JobSpec
+from jobs.versions import tool_versions
 from storage.digest import digest_file, file_version
 from storage.errors import BadStoreURI
 from storage.manifest import canonical_json

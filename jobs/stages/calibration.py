@@ -1,14 +1,12 @@
-"""Activation ranges: split the calibration set over the workers, merge their histograms, read the ranges."""
+"""The stage ``calibrate``: split the images over the workers, merge their histograms, read the activation ranges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
-from jobs.spec.job import ActivationSpec, JobSpec
-from jobs.stages.plan import Plan
-from jobs.stages.weights import Staged
+from jobs.events import StageClock
+from jobs.spec.job import ActivationSpec
+from jobs.stages.job import ActivationRanges, Job
 from nestquant.observers import Histogram, activation_range
 from storage.manifest import ActivationRange, CalibrationRecord
 from workers.calibrate import NOISE_BATCH, CalibrateTask, Observed, observe
@@ -19,41 +17,24 @@ BATCHES_PER_TASK = 2
 LAST_LAYER_BITS = 8  # the paper keeps the last layer's input at 8 bits
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """Ranges by layer, the record of what they rest on, and the images that could not be read."""
-
-    ranges: dict[str, ActivationRange]
-    record: CalibrationRecord | None
-    skipped: tuple[tuple[str, str], ...]
-
-
-def calibrate(
-    spec: JobSpec,
-    staged: Staged,
-    plan: Plan,
-    executor: Executor,
-    *,
-    digest: str | None,
-    memory_bytes: int,
-    on_done: Callable[[int, int], None],
-) -> Calibrated:
+def run(job: Job, executor: Executor, clock: StageClock) -> Job:
     """Find the activation ranges that the spec asks for; none where it asks for none.
-
-    ``memory_bytes`` is what a task needs.
 
     Raises:
         WorkError: an image set cannot be read, or an activation is not finite.
     """
-    activations = spec.quantize.activations
-    if activations is None:
-        return Calibrated({}, None, ())
-    names = [layer.name for layer in plan.layers]
-    tasks = _tasks(spec, staged, tuple(names))
+    with clock.stage("calibrate"):
+        activations = job.spec.quantize.activations
+        return job if activations is None else replace(job, activations=_ranges(job, activations, executor, clock))
+
+
+def _ranges(job: Job, activations: ActivationSpec, executor: Executor, clock: StageClock) -> ActivationRanges:
+    names = [layer.name for layer in job.plan.layers]
+    tasks, progress = calibrate_tasks(job, activations), clock.progress("calibrate")
     observed: dict[int, Observed] = {}
-    for index, result in executor.map(observe, tasks, memory_bytes=memory_bytes):
+    for index, result in executor.map(observe, tasks, memory_bytes=job.needs["calibrate"].memory_bytes):
         observed[index] = result
-        on_done(len(observed), len(tasks))
+        progress(len(observed), len(tasks))
     parts = [observed[index] for index in sorted(observed)]
     samples = sum(part.samples for part in parts)
     skipped = tuple(item for part in parts for item in part.skipped)
@@ -64,36 +45,34 @@ def calibrate(
         for name in _quantized_inputs(names, activations, parts)
     }
     record = CalibrationRecord(
-        source_digest=digest, samples=samples, skipped=len(skipped), observer=activations.observer
+        source_digest=job.observation.digest,
+        samples=samples,
+        skipped=len(skipped),
+        observer=activations.observer,
     )
-    return Calibrated(ranges, record, skipped)
+    return ActivationRanges(ranges, record, skipped)
 
 
-def _tasks(spec: JobSpec, staged: Staged, layers: tuple[str, ...]) -> list[CalibrateTask]:
-    """One task for every few batches, the same batches in any split; one task of noise where no images are needed."""
-    common: dict[str, Any] = {
-        "library": spec.model.library,
-        "arch": spec.model.arch,
-        "kwargs": spec.model.kwargs,
-        "source": staged.source,
-        "layers": layers,
-        "preprocessing": staged.preprocessing.to_record(),
-    }
-    calibration = spec.calibration
-    assert spec.quantize.activations is not None
-    if calibration is None or spec.quantize.activations.observer == "sigma":
-        return [CalibrateTask(**common, data=None, samples=0, start=0, stop=0, batch_size=NOISE_BATCH)]
-    step = calibration.batch_size * BATCHES_PER_TASK
+def calibrate_tasks(job: Job, activations: ActivationSpec) -> list[CalibrateTask]:
+    """Return a task for every few batches, the same batches in any split; one of noise where no images are needed."""
+    network, images = job.observation.network, job.observation.images
+    layers = tuple(layer.name for layer in job.plan.layers)
+    if images is None or activations.observer == "sigma":
+        return [
+            CalibrateTask(network=network, layers=layers, data=None, samples=0, start=0, stop=0, batch_size=NOISE_BATCH)
+        ]
+    step = images.batch_size * BATCHES_PER_TASK
     return [
         CalibrateTask(
-            **common,
-            data=calibration.data,
-            samples=calibration.samples,
+            network=network,
+            layers=layers,
+            data=images.data,
+            samples=images.samples,
             start=start,
-            stop=min(start + step, calibration.samples),
-            batch_size=calibration.batch_size,
+            stop=min(start + step, images.samples),
+            batch_size=images.batch_size,
         )
-        for start in range(0, calibration.samples, step)
+        for start in range(0, images.samples, step)
     ]
 
 

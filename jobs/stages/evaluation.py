@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+from jobs.events import StageClock
 from jobs.result import level_name
-from jobs.spec.job import EvaluateSpec, JobSpec
-from jobs.stages.weights import Staged
+from jobs.spec.job import EvaluateSpec
+from jobs.stages.job import Job
 from storage.manifest import Manifest
 from workers.executor import Executor
 from workers.measure import Measured, MeasureTask, measure
 
 
-def measure_tasks(
-    spec: JobSpec, evaluate: EvaluateSpec, staged: Staged, manifest: Manifest, *, store_uri: str, cache: Path | None
-) -> list[MeasureTask]:
+def run(job: Job, executor: Executor, clock: StageClock) -> Job:
+    """Run the measurements, as many at a time as the executor can, and hold them against the gate.
+
+    Raises:
+        WorkError, storage.StorageError: the images or the version cannot be read.
+    """
+    evaluate = job.spec.evaluate
+    if evaluate is None:
+        return job
+    with clock.stage("evaluate"):
+        assert job.pulled is not None, "nothing was pulled back yet"
+        cache = job.pulled.cache if executor.same_machine else None
+        tasks = measure_tasks(job, evaluate, job.pulled.manifest, cache=cache)
+        progress, results = clock.progress("evaluate"), dict[int, Measured]()
+        for index, measured in executor.map(measure, tasks, memory_bytes=job.needs["evaluate"].memory_bytes):
+            results[index] = measured
+            progress(len(results), len(tasks))
+    ordered = tuple(results[index] for index in sorted(results))
+    return replace(job, measured=ordered, fault=gate_fault(evaluate, ordered) if evaluate.has_gate else None)
+
+
+def measure_tasks(job: Job, evaluate: EvaluateSpec, manifest: Manifest, *, cache: Path | None) -> list[MeasureTask]:
     """Return one task a mode: float, each level from part-bit to full-bit, and where there are activation ranges each
     level with them.
     """
@@ -29,35 +50,17 @@ def measure_tasks(
             mode=level_name(level, manifest.level_count()),
             level=level,
             activations=activations,
-            library=spec.model.library,
-            arch=spec.model.arch,
-            kwargs=spec.model.kwargs,
-            source=staged.source,
-            store_uri=store_uri,
+            network=job.staged.network,
+            store_uri=job.registry.store.uri,
             name=manifest.name,
             version=manifest.version,
             cache=None if cache is None else str(cache),
             data=evaluate.data,
             limit=evaluate.limit,
             batch_size=evaluate.batch_size,
-            preprocessing=staged.preprocessing.to_record(),
         )
         for level, activations in modes
     ]
-
-
-def evaluate(
-    tasks: Sequence[MeasureTask], executor: Executor, on_done: Callable[[int, int], None], *, memory_bytes: int
-) -> tuple[Measured, ...]:
-    """Run the measurements, as many at a time as the executor can, and return them in the order of the tasks.
-
-    ``memory_bytes`` is what a task needs.
-    """
-    results: dict[int, Measured] = {}
-    for index, measured in executor.map(measure, tasks, memory_bytes=memory_bytes):
-        results[index] = measured
-        on_done(len(results), len(tasks))
-    return tuple(results[index] for index in sorted(results))
 
 
 def gate_fault(gate: EvaluateSpec, measured: Sequence[Measured]) -> str | None:

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.errors import PlanError
+from jobs.result import MixedRecord
 from jobs.spec.job import MixedSpec
 from jobs.stages.plan import Plan
-from storage.manifest import Record
 from storage.registry import Registry
 from storage.shard import build_shard
 from workers.errors import WorkError
@@ -53,20 +53,6 @@ class LayerChoices:
     high_bits: tuple[int, ...]
     divergences: tuple[float, ...]
     level_bytes: tuple[int, ...]
-
-
-class MixedRecord(Record):
-    """What was chosen, layer by layer, and what it was expected to give: kept in the ledger and in the job's result.
-
-    ``mean_bits`` weighs layers by their weights. ``divergence`` in nats and ``drop`` in points of top-1 are predicted,
-    ``level_bytes`` of the level-0 shards is estimated.
-    """
-
-    high_bits: dict[str, int]
-    mean_bits: float
-    level_bytes: int
-    divergence: float
-    drop: float
 
 
 def choose_bits(

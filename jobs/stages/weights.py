@@ -21,6 +21,7 @@ from workers.checkpoint import check_fit, fetch, to_safetensors
 from workers.errors import Need
 from workers.executor import Executor
 from workers.footprint import Footprint
+from workers.tasks import NetworkRef
 from workers.tensors import TensorInfo, TensorReader, TensorSource
 from workers.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.zoo import Preprocessing
@@ -30,13 +31,13 @@ _UNTRACED_INPUTS = 128
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A model ready to be planned: its outline on the meta device, its layers, and where its weights lie.
+class StagedModel:
+    """A model ready to be planned: how tasks name it, its layers, and what is known of its tensors.
 
     ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out.
     """
 
-    source: TensorSource
+    network: NetworkRef
     source_digest: str
     tensors: Mapping[str, TensorInfo]
     scan: LayerScan
@@ -64,7 +65,7 @@ def stage(
     *,
     executor: Executor,
     registry: Registry | None,
-) -> Staged:
+) -> StagedModel:
     """Make the weights readable, tensor by tensor, and scan the network.
 
     No more than a tensor's header passes through this process, but for a pickled checkpoint that is converted.
@@ -91,8 +92,14 @@ def stage(
         digest, source = _kept(path, reader, registry)
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
     order, activation_bytes, notes = _order(spec, network, preprocessing)
-    return Staged(
-        source=source,
+    return StagedModel(
+        network=NetworkRef(
+            library=spec.library,
+            arch=spec.arch,
+            kwargs=spec.kwargs,
+            source=source,
+            preprocessing=preprocessing.to_record(),
+        ),
         source_digest=digest,
         tensors=tensors,
         scan=find_layers(network),

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from jobs.cluster.request import revision
-from jobs.driver import tool_versions
 from jobs.events import Stage
 from jobs.result import JobResult, LayerQuality, stored_bits_per_weight
 from jobs.spec.zoo import ZooJob
+from jobs.versions import tool_versions
 from storage.manifest import Record
 
 Status = Literal["done", "below gate", "failed"]

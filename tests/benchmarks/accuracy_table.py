@@ -21,10 +21,11 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel
 
-from jobs.driver import prepare, run_job
+from jobs.driver import run_job
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
 from jobs.spec.job import DEFAULT_SHARD_BYTES, JobSpec
+from jobs.stages.preparation import prepare
 from storage.device import Device, StoreSource
 from storage.manifest import Manifest
 from storage.shard import read_shard
@@ -34,6 +35,7 @@ from workers import runtime
 from workers.executor import Executor, InProcessExecutor
 from workers.measure import MeasureTask, measure
 from workers.remote import RayExecutor, RaySettings
+from workers.tasks import NetworkRef
 from workers.tensors import TensorSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,10 +118,13 @@ class Known:
             mode=mode,
             level=level,
             activations=mode.endswith("_activations"),
-            library=self.library,
-            arch=spec.model.arch,
-            kwargs=spec.model.kwargs,
-            source=TensorSource(None, str(spec.model.checkpoint)),
+            network=NetworkRef(
+                library=self.library,
+                arch=spec.model.arch,
+                kwargs=spec.model.kwargs,
+                source=TensorSource(None, str(spec.model.checkpoint)),
+                preprocessing={"interpolation": "bilinear", **self.preprocess},
+            ),
             store_uri=spec.store.uri,
             name=self.name,
             version=1,
@@ -127,7 +132,6 @@ class Known:
             data=str(DATA / "images" / self.images),
             limit=self.limit,
             batch_size=5 if self.preprocess["size"] > 32 else 50,  # what stays in cache
-            preprocessing={"interpolation": "bilinear", **self.preprocess},
         )
 
 
@@ -256,7 +260,7 @@ def _measure_model(
             standing = [row for row in results.rows if row.complete and row.is_of(known.title, recipe, bits)]
             if standing and missing:
                 continue
-            job = prepare(spec, executor, store, StageClock(lambda _: None)).job
+            job = prepare(spec, executor, store, StageClock(lambda _: None)).digest
             if any(row.job == job for row in standing):
                 continue
             row, manifest, cache = _run(known, spec, executor, Path(folder) / "device" / store.name)

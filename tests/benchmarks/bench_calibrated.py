@@ -52,8 +52,9 @@ def measured(name: str, samples: int) -> dict[str, float]:
     """Run one job here."""
     import torch
 
-    from jobs.driver import prepare, run_job
+    from jobs.driver import run_job
     from jobs.events import StageClock
+    from jobs.stages.preparation import prepare
     from workers.executor import InProcessExecutor
 
     torch.set_num_threads(1)

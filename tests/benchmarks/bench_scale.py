@@ -139,9 +139,9 @@ def staging(name: str) -> str:
     """Do in this process what a driver does before any unit, with a checkpoint of zeros (a sparse file): digest, copy
     into the store, header, plan. Return one line on it.
     """
-    from jobs.driver import prepare
     from jobs.events import StageClock
     from jobs.spec.file import parse_spec
+    from jobs.stages.preparation import prepare
     from jobs.stages.weights import outline
     from workers.executor import InProcessExecutor
 

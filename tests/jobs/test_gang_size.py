@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.spec.job import CalibrationSpec
-from jobs.stages.reconstruction import chunks_of, gang_size
+from jobs.stages.memory import chunks_of, gang_size
 from workers.errors import Need
 from workers.executor import InProcessExecutor
 

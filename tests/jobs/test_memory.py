@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-from jobs.driver import prepare
+from jobs.driver import run_job
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
 from jobs.stages.memory import PROCESS_BYTES
+from jobs.stages.preparation import prepare
 from workers.errors import DoesNotFit, Need
-from workers.executor import InProcessExecutor
+from workers.executor import Gang, InProcessExecutor
+from workers.synthesize import CHUNK
 
 Document = Callable[..., dict[str, Any]]
+A = TypeVar("A")
+R = TypeVar("R")
 
 # Prints how much the process grew by the work of one stage over what it takes when everything is imported.
 _GROWTH = """
 import json, re, resource, sys, tempfile
 from pathlib import Path
 import timm, torch, pytorchcv.model_provider
-from jobs.stages.calibration import _tasks
-from jobs.driver import prepare
+from jobs.stages.calibration import calibrate_tasks
+from jobs.stages.preparation import prepare
 from jobs.stages.evaluation import measure_tasks
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
@@ -40,13 +45,11 @@ stage, document = sys.argv[1], json.loads(sys.argv[2])
 spec = parse_spec(document, where="test")
 with tempfile.TemporaryDirectory() as folder:
     prepared = prepare(spec, InProcessExecutor(), Path(folder), StageClock(lambda _: None))
-    staged, plan = prepared.staged, prepared.plan
     if stage == "calibrate":
-        work, task = observe, _tasks(spec, staged, tuple(layer.name for layer in plan.layers))[0]
+        work, task = observe, calibrate_tasks(prepared, spec.quantize.activations)[0]
     else:
         found = prepared.registry.resolve(spec.name).manifest
-        uri = prepared.registry.store.uri
-        work, task = measure, measure_tasks(spec, spec.evaluate, staged, found, store_uri=uri, cache=None)[-1]
+        work, task = measure, measure_tasks(prepared, spec.evaluate, found, cache=None)[-1]
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     work(task)
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])  # ru_maxrss survives exec
@@ -103,6 +106,64 @@ def test_a_machine_too_small_is_refused_by_the_stage_that_needs_most(tiny_docume
     with pytest.raises(DoesNotFit, match=r"Make tasks smaller \(calibration\.batch_size, "):
         needs(tiny_document(calibration__batch_size=10_000_000, calibration__samples=10_000_000), tmp_path)
     assert not (tmp_path / "store" / "blobs").exists()
+
+
+class Watching(InProcessExecutor):
+    """Keeps what each task was said to need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, int] = {}
+
+    def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
+        self.asked[function.__name__] = memory_bytes
+        return super().map(function, items)
+
+    @contextmanager
+    def gang(self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[Gang]:
+        self.asked["gang"] = memory_bytes
+        with super().gang(member, items) as made:
+            yield made
+
+
+@pytest.mark.parametrize("recipe", ["paper", "calibrated", "data_free"])
+def test_every_task_of_a_stage_asks_for_what_was_checked_before_work(
+    tiny_document: Document, tmp_path: Path, recipe: str
+) -> None:
+    document = tiny_document(quantize__recipe=recipe, quantize__mixed={"mean_bits": 4.0, "samples": 4})
+    if recipe == "data_free":
+        del document["calibration"]
+    executor, checked = Watching(), needs(document, tmp_path)
+    run_job(parse_spec(document, where="test"), executor)
+    stages = {
+        "measure_layer": "sensitivity",
+        "synthesize": "synthesize",
+        "join": "synthesize",
+        "observe": "calibrate",
+        "gang": "reconstruct",
+        "run_bundle": "quantize",
+        "measure": "evaluate",
+    }
+    assert {stages[name]: asked for name, asked in executor.asked.items()} == {
+        stage: need.memory_bytes for stage, need in checked.items()
+    }
+    assert min(executor.asked.values()) > PROCESS_BYTES
+
+
+def test_a_forward_pass_is_counted_by_its_traced_activations_wherever_there_is_one(
+    tiny_document: Document, tmp_path: Path
+) -> None:
+    analysed = needs(tiny_document(analysis={"samples": 8}), tmp_path)
+    wider = needs(tiny_document(analysis={"samples": 9}, calibration__batch_size=32), tmp_path)
+    one = needs(tiny_document(evaluate__batch_size=1), tmp_path)["evaluate"].memory_bytes
+    two = needs(tiny_document(evaluate__batch_size=2), tmp_path)["evaluate"].memory_bytes
+    image = 4 * 3 * 32 * 32
+    # One image more: itself, and its forward pass.
+    assert wider["sensitivity"].memory_bytes - analysed["sensitivity"].memory_bytes == image + (two - one)
+    document = tiny_document(quantize__recipe="data_free")
+    del document["calibration"]
+    synthesized = needs(document, tmp_path)["synthesize"].memory_bytes
+    assert synthesized > PROCESS_BYTES + CHUNK * (two - one)
 
 
 def test_without_images_only_quantizing_asks(tiny_document: Document, tmp_path: Path) -> None:

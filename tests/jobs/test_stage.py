@@ -61,14 +61,14 @@ def test_random_weights_are_made_by_a_worker_and_are_the_same_bytes_everywhere(t
     raw = path.read_bytes()
     assert staged.source_digest == f"sha256:{hashlib.sha256(raw).hexdigest()}"
     if registry is not None:
-        assert staged.source.store == registry.store.uri
-        assert registry.store.get(staged.source.key) == raw
+        assert staged.network.source.store == registry.store.uri
+        assert registry.store.get(staged.network.source.key) == raw
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["expected.safetensors"]
     else:
-        assert staged.source.store is None
-        assert Path(staged.source.key).read_bytes() == raw
+        assert staged.network.source.store is None
+        assert Path(staged.network.source.key).read_bytes() == raw
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["expected.safetensors", "weights.safetensors"]
-    tensors = TensorReader(staged.source).tensors
+    tensors = TensorReader(staged.network.source).tensors
     assert executor.asked == [(make_weights, 2 * sum(info.size_bytes for info in tensors.values()))]
 
 

@@ -15,24 +15,28 @@ from PIL import Image
 from jobs.spec.job import ActivationSpec
 from jobs.stages.calibration import read_range
 from workers.calibrate import CalibrateTask, Observed, observe
+from workers.tasks import NetworkRef
 from workers.tensors import TensorSource
 
+PREPROCESSING = {"size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
 LAYERS = ("conv1.0", "layer1.0.conv1", "fc")
 
 
 def task(checkpoint: Path, data: Path, start: int, stop: int) -> CalibrateTask:
     return CalibrateTask(
-        library="timm",
-        arch="test_resnet",
-        kwargs={"num_classes": 10, "in_chans": 3},
-        source=TensorSource(None, str(checkpoint)),
+        network=NetworkRef(
+            library="timm",
+            arch="test_resnet",
+            kwargs={"num_classes": 10, "in_chans": 3},
+            source=TensorSource(None, str(checkpoint)),
+            preprocessing=PREPROCESSING,
+        ),
         layers=LAYERS,
         data=str(data),
         samples=40,
         start=start,
         stop=stop,
         batch_size=4,
-        preprocessing={"size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"},
     )
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.driver import Prepared, prepare
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
+from jobs.stages.job import Job
+from jobs.stages.preparation import prepare
 from nestquant.config import NestConfig
 from nestquant.packing import unpack
 from nestquant.quantize import quantize_weight
@@ -26,10 +27,9 @@ from workers.tensors import TensorReader, TensorSource
 Document = Callable[..., dict[str, Any]]
 
 
-def ready(document: dict[str, Any], folder: Path) -> tuple[Prepared, TaskContext]:
+def ready(document: dict[str, Any], folder: Path) -> tuple[Job, TaskContext]:
     prepared = prepare(parse_spec(document, where="test"), InProcessExecutor(), folder, StageClock(lambda _: None))
-    source = prepared.staged.source
-    return prepared, TaskContext(store_uri=prepared.registry.store.uri, source=source, job=prepared.job)
+    return prepared, prepared.context
 
 
 def test_a_group_holds_exactly_the_methods_integers(tiny_document: Document, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_group_holds_exactly_the_methods_integers(tiny_document: Document, tmp
     group = prepared.plan.groups[1]
     record = run_unit(context, group).record
     assert isinstance(record, GroupRecord)
-    reader = TensorReader(prepared.staged.source)
+    reader = TensorReader(prepared.staged.network.source)
     shards = [read_shard(prepared.registry.get_blob(level)) for level in record.levels]
     for piece in group.pieces:
         whole = reader.read(piece.parameter)[piece.start : piece.stop]
@@ -91,7 +91,8 @@ def test_a_worker_looks_at_what_it_reads(
     state = load_file(tiny_checkpoint)
     state[tensor].flatten()[3] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    bad = context.model_copy(update={"source": TensorSource(None, str(tmp_path / "nan.safetensors"))})
+    broken = context.network.model_copy(update={"source": TensorSource(None, str(tmp_path / "nan.safetensors"))})
+    bad = context.model_copy(update={"network": broken})
     with pytest.raises(CheckpointError, match=rf"nan\.safetensors: tensor '{tensor}' holds NaN"):
         run_bundle(Bundle(context=bad, units=(*prepared.plan.groups, *prepared.plan.base)))
 
@@ -113,4 +114,4 @@ def test_a_checkpoint_that_changed_after_the_plan_names_the_layer(tiny_document:
     piece = prepared.plan.groups[0].pieces[0]
     stale = piece.model_copy(update={"shape": (1, *piece.shape[1:])})
     with pytest.raises(CheckpointError, match=rf"Layer '{piece.layer}': '{piece.parameter}' has shape"):
-        read_piece(TensorReader(prepared.staged.source), stale)
+        read_piece(TensorReader(prepared.staged.network.source), stale)

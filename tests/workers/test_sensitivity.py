@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.driver import prepare
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
+from jobs.stages.memory import sensitivity_samples
+from jobs.stages.preparation import prepare
 from jobs.stages.sensitivity import sensitivity_tasks
 from storage.uri import open_store
 from workers.errors import DataError, WorkError
@@ -26,7 +27,7 @@ MIXED = {"mean_bits": 4.0, "choices": [3, 5], "samples": 10}
 def tasks(document: dict[str, Any], folder: Path) -> list[SensitivityTask]:
     spec = parse_spec(document, where="test")
     prepared = prepare(spec, InProcessExecutor(), folder, StageClock(lambda _: None))
-    return sensitivity_tasks(spec, prepared.staged, prepared.plan, context=prepared.context)
+    return sensitivity_tasks(prepared, samples=sensitivity_samples(prepared))
 
 
 def images(path: Path, x: np.ndarray, y: np.ndarray | None = None) -> Path:

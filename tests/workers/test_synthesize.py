@@ -16,7 +16,7 @@ from workers.checkpoint import fetch, load_network, random_state, save_state, st
 from workers.errors import DataError
 from workers.images import open_images
 from workers.synthesize import JoinTask, SynthesizeTask, SyntheticRecord, find_synthetic, join, synthesize
-from workers.tasks import TaskContext
+from workers.tasks import NetworkRef, TaskContext
 from workers.tensors import TensorSource
 from workers.zoo import Preprocessing
 
@@ -26,19 +26,19 @@ PREPROCESSING = {"size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.25] * 
 JOB = "sha256:" + "a" * 64
 
 
-def context(store: Path, checkpoint: Path) -> TaskContext:
-    return TaskContext(store_uri=store.as_uri(), source=TensorSource(None, str(checkpoint)), job=JOB)
+def context(store: Path, checkpoint: Path, **changes: Any) -> TaskContext:
+    network = NetworkRef(**NETWORK, source=TensorSource(None, str(checkpoint)), preprocessing=PREPROCESSING | changes)
+    return TaskContext(store_uri=store.as_uri(), job=JOB, network=network)
 
 
-def chunk(where: TaskContext, index: int, samples: int = 4, **changes: Any) -> SynthesizeTask:
-    preprocessing = PREPROCESSING | changes
-    return SynthesizeTask(context=where, **NETWORK, preprocessing=preprocessing, samples=samples, chunk=index)
+def chunk(where: TaskContext, index: int, samples: int = 4) -> SynthesizeTask:
+    return SynthesizeTask(context=where, samples=samples, chunk=index)
 
 
 def made(where: TaskContext, order: list[int]) -> SyntheticRecord:
     for index in order:
         assert synthesize(chunk(where, index)) == 4
-    return join(JoinTask(context=where, **NETWORK, chunks=len(order)))
+    return join(JoinTask(context=where, chunks=len(order)))
 
 
 def contents(where: TaskContext) -> dict[str, bytes]:
@@ -103,7 +103,7 @@ def test_what_was_made_is_found_while_all_of_it_is_there(normed_checkpoint: Path
 
 
 def test_images_of_two_channels_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    task = chunk(context(tmp_path / "store", tiny_checkpoint), 0, mean=[0.5] * 2, std=[0.5] * 2)
+    task = chunk(context(tmp_path / "store", tiny_checkpoint, mean=[0.5] * 2, std=[0.5] * 2), 0)
     with pytest.raises(DataError, match="2 channels; expected a network of 1 or 3"):
         synthesize(task)
 

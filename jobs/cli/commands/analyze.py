@@ -40,6 +40,7 @@ def analyze(
     from jobs.analysis import analyze_spec, analyze_version
     from jobs.cli import console
     from jobs.cli.show_analysis import print_analysis
+    from jobs.executors import open_executor
 
     if Path(what).suffix.lower() in (".yaml", ".yml", ".json"):
         from jobs.spec.file import load_spec
@@ -48,7 +49,7 @@ def analyze(
         if store is not None:
             changes["store.uri"] = store
         job = load_spec(what, changes=changes)
-        with console.listener(quiet=as_json) as listen, console.executor(job.cluster, local=local) as executor:
+        with console.listener(quiet=as_json) as listen, open_executor(job.cluster, local=local) as executor:
             analysis = analyze_spec(job, executor, listen, more_bits=_widths(bits), samples=samples)
     else:
         if bits is not None or samples is not None or change:

@@ -57,6 +57,7 @@ def quantize(
 ) -> None:
     """Quantize a model, publish it, pull it back and measure it."""
     from jobs.cli import console
+    from jobs.executors import open_executor
     from jobs.spec.file import load_spec
 
     changes = parse_changes(change)
@@ -71,7 +72,7 @@ def quantize(
         return
     from jobs.driver import run_job
 
-    with console.listener(quiet=as_json) as listen, console.executor(job.cluster, local=local) as executor:
+    with console.listener(quiet=as_json) as listen, open_executor(job.cluster, local=local) as executor:
         result = run_job(job, executor, listen)
     if as_json:
         print_json(result.model_dump(mode="json"))
@@ -110,17 +111,17 @@ def _change(text: str) -> tuple[str, Any]:
 
 def _dry_run(job: JobSpec, *, as_json: bool) -> None:
     from jobs.cli import console
-    from jobs.driver import prepare
     from jobs.events import StageClock
+    from jobs.stages.preparation import prepare
     from workers.executor import InProcessExecutor
     from workers.scratch import scratch
 
     with scratch("job", tell=lambda text: typer.echo(f"note: {text}", err=True)) as folder:
         prepared = prepare(job, InProcessExecutor(), folder, StageClock(lambda _: None))
     if as_json:
-        print_json(console.plan_document(prepared, job.quantize))
+        print_json(console.plan_document(prepared))
     else:
-        console.print_plan(prepared, job.quantize)
+        console.print_plan(prepared)
 
 
 def evaluate(

@@ -53,8 +53,8 @@ def run(
     """Run every model with every recipe; what an earlier run finished is skipped. This is what ZOO alone does."""
     from rich.console import Console
 
-    from jobs.cli import console
     from jobs.cli.show_zoo import results_table, zoo_listener
+    from jobs.executors import open_executor
     from jobs.spec.zoo import load_zoo
     from jobs.zoo.run import run_zoo
 
@@ -65,7 +65,7 @@ def run(
     if local:
         zoo = zoo.model_copy(update={"max_models": 1})
     folder = results or Path(zoo.name)
-    with zoo_listener(jobs, as_json=as_json) as listen, console.executor(zoo.cluster, local=local) as executor:
+    with zoo_listener(jobs, as_json=as_json) as listen, open_executor(zoo.cluster, local=local) as executor:
         rows = run_zoo(zoo, jobs, executor, results=folder, listen=listen)
     failed = [row for row in rows if row.status == "failed"]
     short = [row for row in rows if row.status == "below gate"]

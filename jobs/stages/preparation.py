@@ -1,0 +1,85 @@
+"""Before any work: check what can be checked, bring the weights to where workers read them, and plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.events import StageClock
+from jobs.spec.job import JobSpec
+from jobs.stages.job import Job, Observation
+from jobs.stages.memory import task_needs
+from jobs.stages.plan import Plan, make_plan
+from jobs.stages.signing import load_keys
+from jobs.stages.weights import StagedModel, outline, stage
+from storage.capabilities import has_create_only
+from storage.errors import UnsafeStore
+from storage.registry import Registry
+from storage.uri import open_store
+from workers.checkpoint import fetch
+from workers.executor import Executor
+from workers.images import open_images
+
+
+def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Job:
+    """Return a job that is ready to run; nothing is quantized yet.
+
+    Raises:
+        SpecError, PlanError, WorkError, storage.StorageError: each naming the key, layer or file at fault.
+    """
+    with clock.stage("validate"):
+        load_keys(spec.store.signing_keys)
+        registry = Registry(open_store(spec.store.uri))
+        _check_store(registry, single_writer=spec.store.single_writer)
+        network = outline(spec.model)
+        images_digest, image_bytes = _check_images(spec, folder)
+    with clock.stage("stage"):
+        kept_in = None if executor.same_machine else registry
+        staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
+    with clock.stage("plan"):
+        plan = plan_of(spec, staged)
+    job = Job(
+        spec=spec,
+        registry=registry,
+        folder=folder,
+        staged=staged,
+        plan=plan,
+        observation=Observation(staged.network, spec.calibration, images_digest),
+        image_bytes=image_bytes,
+        digest=spec.identity(source_digest=staged.source_digest, calibration_digest=images_digest),
+    )
+    needs = task_needs(job, executor)
+    executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
+    return replace(job, needs=needs)
+
+
+def plan_of(spec: JobSpec, staged: StagedModel, high_bits: Mapping[str, int] | None = None) -> Plan:
+    """Return the plan of a staged model; ``high_bits`` were chosen layer by layer."""
+    state = {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()}
+    return make_plan(spec, staged.scan, staged.order, state, high_bits=high_bits)
+
+
+def _check_store(registry: Registry, *, single_writer: bool) -> None:
+    """Write to the store before any work is done for it; publishing checks again."""
+    if not has_create_only(registry.store) and not single_writer:
+        raise UnsafeStore(
+            f"{registry.store.uri}: this store ignores put-if-absent, so two publishers could overwrite each other; "
+            "use another store, or say --single-writer if nobody else publishes to it"
+        )
+
+
+def _check_images(spec: JobSpec, folder: Path) -> tuple[str | None, int]:
+    """Open every image set named in the spec, so that a wrong path costs no work; return the calibration set's
+    digest, and what the largest set keeps in memory.
+    """
+    resident_bytes = 0
+    if spec.evaluate is not None:
+        images = open_images(fetch(spec.evaluate.data, folder))
+        images.require_labels()
+        resident_bytes = images.resident_bytes
+    if spec.calibration is None:
+        return None, resident_bytes
+    images = open_images(fetch(spec.calibration.data, folder))
+    digest = images.digest(min(spec.calibration.samples, len(images)))
+    return digest, max(resident_bytes, images.resident_bytes)
