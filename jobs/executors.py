@@ -19,7 +19,7 @@ def open_executor(cluster: ClusterSpec, *, local: bool, json_logs: bool = False)
     if local:
         yield InProcessExecutor()
         return
-    from workers.remote import RayExecutor, RaySettings
+    from workers.on_ray.executor import RayExecutor, RaySettings
 
     settings = RaySettings(
         address=cluster.address,

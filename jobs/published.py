@@ -8,14 +8,15 @@ from jobs.events import Event, Listener
 from jobs.result import level_name
 from storage.device import Device, StoreSource
 from storage.manifest import Manifest
-from storage.uri import open_store
-from workers import runtime, zoo
-from workers.checkpoint import fetch
+from storage.stores.uri import open_store
+from workers import runtime
 from workers.evaluate import top1
-from workers.images import open_images
+from workers.inputs import networks
+from workers.inputs.checkpoint import fetch
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
 from workers.measure import Measured
 from workers.scratch import scratch
-from workers.zoo import Preprocessing
 
 
 def measure_published(
@@ -62,7 +63,7 @@ def measure_published(
         preprocessing = (
             Preprocessing.from_record(manifest.preprocessing)
             if manifest.preprocessing is not None
-            else zoo.default_preprocessing(manifest.model.library, model.network)
+            else networks.default_preprocessing(manifest.model.library, model.network)
         )
         measured = []
         listen(Event("started", "evaluate"))

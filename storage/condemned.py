@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from storage.blob_store import BlobStore
 from storage.errors import Corrupt, NotFound
 from storage.layout import CONDEMNED_KEY
 from storage.manifest import Record, canonical_json
+from storage.stores.blob_store import BlobStore
 
 _MAX_BYTES = 1 << 30
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from storage.blob_store import Data
 from storage.errors import BadKey, Corrupt
+from storage.stores.blob_store import Data
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from storage import layout
-from storage.blob_store import BlobStore, Data
-from storage.capabilities import has_create_only
 from storage.condemned import read_condemned
 from storage.digest import digest_bytes, digest_pieces, verify_bytes
 from storage.errors import (
@@ -44,6 +42,8 @@ from storage.manifest import (
     canonical_json,
     parse_manifest,
 )
+from storage.stores.blob_store import BlobStore, Data
+from storage.stores.capabilities import has_create_only
 
 if TYPE_CHECKING:
     from storage.shard import EncodedShard

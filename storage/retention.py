@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from storage import layout
-from storage.blob_store import BlobStore
-from storage.capabilities import PROBE_PREFIX, is_probe_key
 from storage.condemned import read_condemned, write_condemned
 from storage.digest import digest_pieces
 from storage.errors import Corrupt, NotFound, StorageError, VersionDeleted
 from storage.manifest import Descriptor, canonical_json
 from storage.registry import Registry, Resolved, Tombstone
+from storage.stores.blob_store import BlobStore
+from storage.stores.capabilities import PROBE_PREFIX, is_probe_key
 
 GRACE_S = 7 * 24 * 3600.0
 _FSCK_THREADS = 4

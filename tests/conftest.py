@@ -43,7 +43,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of a small timm ResNet (373 k weights), as safetensors."""
-    from workers.checkpoint import random_state, save_state
+    from workers.inputs.checkpoint import random_state, save_state
 
     state = random_state(TINY["library"], TINY["arch"], dict(TINY["kwargs"]), seed=7)
     return save_state(state, tmp_path_factory.mktemp("tiny") / "tiny.safetensors")

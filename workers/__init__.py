@@ -1,4 +1,4 @@
 """What one worker does: read its tensors, quantize, encode, calibrate, evaluate.
 
-Plain functions; Ray enters in ``workers.remote`` alone.
+Plain functions; Ray enters in ``workers.on_ray.executor`` alone.
 """

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from nestquant.observers import Histogram
 from storage.manifest import Record
-from workers.checkpoint import fetch, open_network
 from workers.errors import WorkError
-from workers.images import open_images
+from workers.inputs.checkpoint import fetch, open_network
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
 from workers.threads import threads
-from workers.zoo import Preprocessing
 
 NOISE_SEED = 0
 NOISE_BATCH = 8

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from workers.errors import DataError
-from workers.images import ImageSet
-from workers.zoo import Preprocessing
+from workers.inputs.images import ImageSet
+from workers.inputs.networks import Preprocessing
 
 
 @dataclass(frozen=True)

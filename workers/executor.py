@@ -1,4 +1,4 @@
-"""Who runs the work: this process, or a Ray cluster (``workers.remote``).
+"""Who runs the work: this process, or a Ray cluster (``workers.on_ray.executor``).
 
 Both run the same plain functions and yield the same results.
 """

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from storage.device import Device, StoreSource
 from storage.manifest import Record
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers import runtime
-from workers.checkpoint import fetch, open_network
 from workers.evaluate import Accuracy, top1
-from workers.images import open_images
+from workers.inputs.checkpoint import fetch, open_network
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
-from workers.zoo import Preprocessing
 
 
 class MeasureTask(Record):

@@ -17,13 +17,14 @@ from pydantic import TypeAdapter
 from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
-from storage.blob_store import BlobStore
 from storage.errors import StorageError
 from storage.manifest import MEDIA_TYPE_BASE, piece_key
 from storage.registry import Registry
 from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
+from workers.inputs.tensors import TensorReader, TensorSource, open_tensors
 from workers.ledger import find_record, keep_record
 from workers.solutions import read_solution
 from workers.tasks import (
@@ -39,7 +40,6 @@ from workers.tasks import (
     UnitRecord,
     UnitResult,
 )
-from workers.tensors import TensorReader, TensorSource, open_tensors
 
 _RECORD: TypeAdapter[UnitRecord] = TypeAdapter(UnitRecord)
 

@@ -20,19 +20,19 @@ from nestquant.moments import Moments, has_columns, input_columns
 from nestquant.quantize import quantize_weight
 from storage.manifest import Record
 from storage.registry import Registry
-from storage.uri import open_store
-from workers.checkpoint import fetch, open_network
+from storage.stores.uri import open_store
 from workers.errors import WorkError
-from workers.images import open_images
+from workers.inputs.checkpoint import fetch, open_network
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import open_tensors
 from workers.lanes import Lanes, Walk
 from workers.ledger import keep_record
 from workers.quantize import read_piece
 from workers.scratch import scratch
 from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution, solved_key
 from workers.tasks import PieceTask, TaskContext
-from workers.tensors import open_tensors
 from workers.threads import threads
-from workers.zoo import Preprocessing
 
 MAX_INPUTS = 8192
 """A layer with more inputs for an output channel is quantized without data: one matrix would take over 512 MiB."""

@@ -20,8 +20,8 @@ from nestquant.packing import pack, unpack
 from nestquant.surgery import channel_first_shape, find_layers, replace
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
-from workers import zoo
 from workers.errors import ArtifactError, shown
+from workers.inputs import networks
 
 BlobPath = Callable[[Descriptor], Path]
 
@@ -123,7 +123,7 @@ def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: 
         ArtifactError: a tensor is missing, too many, or has the wrong length.
         storage.StorageError: a shard is not here, or is not one.
     """
-    network = zoo.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
+    network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
     _load_base(network, manifest, blob_path)
     grids: dict[str, _Grid] = {}
     for record, packed in _packed_level(manifest, blob_path, 0, grids):

@@ -27,19 +27,19 @@ from nestquant.surgery import replace
 from storage.manifest import Record, piece_key
 from storage.registry import Registry
 from storage.shard import IntegerTensor, build_shard
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.calibrate import NOISE_SEED
-from workers.checkpoint import fetch, open_network
 from workers.errors import DataError, WorkError
-from workers.images import open_images, spread
+from workers.inputs.checkpoint import fetch, open_network
+from workers.inputs.images import open_images, spread
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import open_tensors
 from workers.ledger import find_record, keep_record
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
 from workers.scratch import scratch
 from workers.tasks import PieceTask, TaskContext
-from workers.tensors import open_tensors
 from workers.threads import threads
-from workers.zoo import Preprocessing
 
 NOISE_SAMPLES = 32
 """Images of noise where the job has none of its own."""

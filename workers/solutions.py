@@ -14,8 +14,8 @@ from nestquant.affine import QParams
 from nestquant.quantize import QuantizedWeight
 from storage.manifest import Descriptor, Record
 from storage.registry import Registry
+from storage.stores.uri import open_store
 from storage.tensor_file import load_tensors, save_tensors
-from storage.uri import open_store
 from workers.errors import WorkError
 from workers.ledger import find_record
 from workers.tasks import PieceTask

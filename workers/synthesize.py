@@ -20,14 +20,14 @@ from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
 from storage.manifest import Digest, Record
 from storage.registry import Registry
+from storage.stores.uri import open_store
 from storage.tensor_file import load_tensors, save_tensors
-from storage.uri import open_store
-from workers.checkpoint import open_network
 from workers.errors import DataError, WorkError
+from workers.inputs.checkpoint import open_network
+from workers.inputs.networks import Preprocessing
 from workers.ledger import find_record
 from workers.tasks import TaskContext
 from workers.threads import threads
-from workers.zoo import Preprocessing
 
 SAMPLES = 128
 CHUNK = 32
@@ -151,6 +151,6 @@ def _chunk_key(context: TaskContext, chunk: int) -> str:
 
 
 def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return float32 ``[N, C, S, S]``, as ``workers.images.to_input`` does for one image."""
+    """Return float32 ``[N, C, S, S]``, as ``workers.inputs.images.to_input`` does for one image."""
     mean, std = (torch.tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

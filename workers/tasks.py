@@ -8,13 +8,13 @@ from pydantic import Field
 
 from nestquant.config import NestConfig
 from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
-from workers.tensors import TensorSource
+from workers.inputs.tensors import TensorSource
 
 
 class NetworkRef(Record):
     """A float network as every task names it: its architecture, where its weights lie, how images become its inputs.
 
-    ``preprocessing`` as in ``workers.zoo.Preprocessing``.
+    ``preprocessing`` as in ``workers.inputs.networks.Preprocessing``.
     """
 
     library: str

@@ -27,9 +27,9 @@ from jobs.executors import open_executor
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
-from workers import zoo
-from workers.checkpoint import save_state
-from workers.tensors import TensorReader, TensorSource
+from workers.inputs import networks
+from workers.inputs.checkpoint import save_state
+from workers.inputs.tensors import TensorReader, TensorSource
 
 FOLDER = Path(".demo")
 ARCH, KWARGS = "test_resnet", {"num_classes": 10, "in_chans": 1}
@@ -121,7 +121,7 @@ def _trained(out: Console, bits: list[int]) -> dict[str, Any]:
 
 def _train(pixels: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> nn.Module:
     torch.manual_seed(SEED)
-    network = zoo.build("timm", ARCH, KWARGS)
+    network = networks.build("timm", ARCH, KWARGS)
     inputs = torch.from_numpy(pixels).float().div_(255).sub_(0.5).div_(0.5)[:, None]
     targets = torch.from_numpy(labels)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)

@@ -20,7 +20,7 @@ from jobs.driver import run_job
 from jobs.events import Event
 from jobs.executors import open_executor
 from jobs.spec.job import JobSpec
-from storage.uri import open_store
+from storage.stores.uri import open_store
 
 _BEAT_S = 10.0
 

@@ -20,10 +20,10 @@ from pydantic import BaseModel, ValidationError
 from jobs.errors import JobError, SpecError
 from jobs.result import JobResult
 from jobs.spec.job import JobSpec
-from storage.blob_store import BlobStore
 from storage.digest import digest_hex
 from storage.errors import AlreadyExists, NotFound
 from storage.manifest import Digest, Record, canonical_json
+from storage.stores.blob_store import BlobStore
 from workers.errors import shown
 
 Status = Literal["PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED", "LOST"]

@@ -17,11 +17,11 @@ from jobs.versions import tool_versions
 from storage.digest import digest_file, file_version
 from storage.errors import BadStoreURI
 from storage.manifest import canonical_json
-from storage.s3 import S3Store
-from storage.s3_errors import boto_errors, translate
-from storage.uri import open_store
+from storage.stores.s3 import S3Store
+from storage.stores.s3_errors import boto_errors, translate
+from storage.stores.uri import open_store
 from workers.errors import CheckpointError
-from workers.images import open_images
+from workers.inputs.images import open_images
 
 
 def request_digest(spec: JobSpec) -> str:

@@ -22,10 +22,10 @@ from jobs.cluster.record import TERMINAL, Attempt, End, JobRecord, Progress, Sta
 from jobs.cluster.request import request_digest
 from jobs.errors import ClusterError, JobError
 from jobs.spec.job import JobSpec
-from storage.blob_store import BlobStore
 from storage.digest import digest_bytes, digest_hex
-from storage.local import LocalStore
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.uri import open_store
 
 PACKAGES = ("jobs", "workers", "nestquant", "storage")
 PENDING_TIMEOUT_S = 600.0

@@ -176,7 +176,7 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
             if line:
                 yield from _models(line, folder)
         return
-    from workers import zoo
+    from workers.inputs import networks
 
     library, slash, pattern = text.partition("/")
     if library not in LIBRARIES or not slash or not pattern:
@@ -185,9 +185,9 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
         )
     wild = any(sign in pattern for sign in "*?[")
     bare = pattern if wild or library != "timm" else pattern.partition(".")[0]
-    found = zoo.names(library, bare)
+    found = networks.names(library, bare)
     if not found:
-        raise SpecError(f"models: {library} has no model {pattern!r}.{nearest(pattern, zoo.names(library))}")
+        raise SpecError(f"models: {library} has no model {pattern!r}.{nearest(pattern, networks.names(library))}")
     for arch in found if wild else [pattern]:
         yield library, arch
 

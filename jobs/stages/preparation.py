@@ -13,13 +13,13 @@ from jobs.stages.memory import task_needs
 from jobs.stages.plan import Plan, make_plan
 from jobs.stages.signing import load_keys
 from jobs.stages.weights import StagedModel, outline, stage
-from storage.capabilities import has_create_only
 from storage.errors import UnsafeStore
 from storage.registry import Registry
-from storage.uri import open_store
-from workers.checkpoint import fetch
+from storage.stores.capabilities import has_create_only
+from storage.stores.uri import open_store
 from workers.executor import Executor
-from workers.images import open_images
+from workers.inputs.checkpoint import fetch
+from workers.inputs.images import open_images
 
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Job:

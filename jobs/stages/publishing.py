@@ -16,7 +16,7 @@ from storage.device import Device, StoreSource
 from storage.device.errors import ContentError, GaveUp
 from storage.errors import Damaged
 from storage.manifest import Manifest, ModelRecord, ShardGroup
-from storage.signing import sign
+from storage.signing.metadata import sign
 from workers.executor import Executor
 from workers.tasks import BaseRecord, GroupRecord
 

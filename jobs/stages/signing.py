@@ -16,8 +16,8 @@ def load_keys(places: Sequence[str]) -> list[CryptoSigner]:
     """Return the signers of PEM files or ``env:NAME`` variables.
 
     Raises:
-        storage.signing_keys.SigningError: there is none, or the passphrase does not fit.
+        storage.signing.keys.SigningError: there is none, or the passphrase does not fit.
     """
-    from storage.signing_keys import load_key
+    from storage.signing.keys import load_key
 
     return [load_key(place, passphrase=os.environ.get(PASSPHRASE)) for place in places]

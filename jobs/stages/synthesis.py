@@ -11,8 +11,9 @@ from dataclasses import replace
 from jobs.events import StageClock
 from jobs.spec.job import CalibrationSpec
 from jobs.stages.job import Job, Observation
-from workers.checkpoint import stored_file
 from workers.executor import Executor
+from workers.inputs.checkpoint import stored_file
+from workers.inputs.tensors import TensorSource
 from workers.synthesize import (
     CHUNK,
     SAMPLES,
@@ -23,7 +24,6 @@ from workers.synthesize import (
     join,
     synthesize,
 )
-from workers.tensors import TensorSource
 
 
 def run(job: Job, executor: Executor, clock: StageClock) -> Job:

@@ -16,15 +16,15 @@ from jobs.spec.job import ModelSpec, PreprocessSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
 from storage.layout import blob_key
 from storage.registry import Registry
-from workers import zoo
-from workers.checkpoint import check_fit, fetch, to_safetensors
 from workers.errors import Need
 from workers.executor import Executor
 from workers.footprint import Footprint
+from workers.inputs import networks
+from workers.inputs.checkpoint import check_fit, fetch, to_safetensors
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
+from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.tasks import NetworkRef
-from workers.tensors import TensorInfo, TensorReader, TensorSource
-from workers.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
-from workers.zoo import Preprocessing
 
 _UNTRACED_INPUTS = 128
 """Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""
@@ -54,7 +54,7 @@ def outline(spec: ModelSpec) -> nn.Module:
     Raises:
         ModelError: unknown name or arguments.
     """
-    return zoo.build(spec.library, spec.arch, spec.kwargs, meta=True)
+    return networks.build(spec.library, spec.arch, spec.kwargs, meta=True)
 
 
 def stage(
@@ -115,7 +115,7 @@ def resolve_preprocessing(library: str, network: nn.Module, spec: PreprocessSpec
     """Return the library's preprocessing with what the spec says on top; a size of one's own drops the library's
     resize.
     """
-    record: dict[str, Any] = zoo.default_preprocessing(library, network).to_record()
+    record: dict[str, Any] = networks.default_preprocessing(library, network).to_record()
     if spec.size is not None and spec.size != record["size"]:
         record["resize"] = None
     return Preprocessing.from_record(record | spec.model_dump(exclude_none=True))

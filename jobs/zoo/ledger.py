@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from jobs.zoo.row import STAGES, ZooRow
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound
 from storage.manifest import canonical_json
+from storage.stores.blob_store import BlobStore
 from workers.errors import WorkError
 
 ROWS = "results.jsonl"

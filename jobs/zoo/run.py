@@ -18,7 +18,7 @@ from jobs.zoo.ledger import ZooLedger, write_files
 from jobs.zoo.row import ZooRow, failed_row, finished_row
 from storage.digest import digest_bytes
 from storage.errors import StorageError
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.errors import Stopped, WorkError
 from workers.executor import Executor
 

@@ -27,12 +27,12 @@ from typing import Literal
 from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError
 
-from storage.blob_store import check_key
 from storage.device.errors import CacheBusy, CacheError, NoSpace, NotInstalled
 from storage.device.ownership import Found, check, check_folder, claim, walk
 from storage.digest import digest_hex
 from storage.layout import blob_key, model_prefix
 from storage.manifest import Descriptor, Digest, Manifest, ModelName, Record, canonical_json
+from storage.stores.blob_store import check_key
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

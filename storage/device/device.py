@@ -23,8 +23,8 @@ from storage.device.resolve import Release, resolve_unsigned
 from storage.device.retry import Retry
 from storage.device.source import Documents, Source, StoreSource
 from storage.layout import blob_key
-from storage.local import LocalStore
 from storage.manifest import Descriptor, Manifest
+from storage.stores.local import LocalStore
 
 _BLOCK_BYTES = 1 << 20
 
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 1 << 20
 class Device:
     """Models in one cache folder, and the source they come from.
 
-    ``root_of_trust``: a root of the store (``storage.signing_root.create_root``), needed until the cache has pinned
+    ``root_of_trust``: a root of the store (``storage.signing.root.create_root``), needed until the cache has pinned
     one. ``unsigned=True`` takes the store's word instead: nothing is verified but digests. ``source=None``: offline;
     everything but ``resolve``, ``pull`` and ``upgrade`` works.
     """

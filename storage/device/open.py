@@ -7,7 +7,7 @@ from pathlib import Path
 from storage.device.cache import disk_errors
 from storage.device.http import HttpClient, HttpSource, PresignedSource, UrlIndex
 from storage.device.source import Documents, Source, StoreSource
-from storage.uri import open_store
+from storage.stores.uri import open_store
 
 _MAX_INDEX_BYTES = 64 << 20
 
@@ -26,7 +26,7 @@ def open_source(uri: str | Path, *, client: HttpClient | None = None) -> Source:
     store = open_store(uri)
     if text.startswith("s3://"):
         from storage.device.presign import Presigner
-        from storage.s3 import S3Store
+        from storage.stores.s3 import S3Store
 
         if isinstance(store, S3Store):
             presigner = Presigner(store)

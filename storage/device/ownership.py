@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from storage.blob_store import is_key
 from storage.device.errors import ForeignFolder
 from storage.layout import BLOB_KEY, CACHE_MARKER, MODEL_NAME
+from storage.stores.blob_store import is_key
 
 Kind = Literal["lock", "marker", "blob", "staged", "state", "manifest", "trust"]
 

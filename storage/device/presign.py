@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from storage.layout import blob_key, manifest_key, tag_key
 from storage.manifest import Manifest, canonical_json
-from storage.s3 import S3Store
+from storage.stores.s3 import S3Store
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -51,8 +51,8 @@ def keys_of(manifest: Manifest, *, tags: Iterable[str] = ("latest",)) -> list[st
 
 def trust_keys_of(name: str, *, edition: int, root_version: int) -> list[str]:
     """Return the keys of the signed documents that come on top: those of an edition, and the chain of roots."""
-    from storage.signing import trust_key  # python-tuf, which an unsigned reader of S3 does without
-    from storage.signing_root import root_key
+    from storage.signing.metadata import trust_key  # python-tuf, which an unsigned reader of S3 does without
+    from storage.signing.root import root_key
 
     documents = [
         trust_key(name, "timestamp"),

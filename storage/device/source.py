@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from storage.blob_store import BlobStore
 from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
 from storage.device.pace import Pace
 from storage.device.retry import OnRetry, Retry
 from storage.errors import AccessDenied, NotFound, PreconditionFailed, StorageError, StoreUnavailable
+from storage.stores.blob_store import BlobStore
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,12 @@ from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from typing_extensions import override
 
-from storage.blob_store import check_key
 from storage.device.cache import disk_errors
 from storage.device.errors import SourceDenied, SourceNotFound, Untrusted
 from storage.device.resolve import Release, parse_release, parse_version, read_manifest
 from storage.device.source import Documents
 from storage.layout import manifest_key
-from storage.signing import (
+from storage.signing.metadata import (
     MAX_SNAPSHOT_BYTES,
     MAX_TARGETS_BYTES,
     MAX_TIMESTAMP_BYTES,
@@ -37,7 +36,8 @@ from storage.signing import (
     tag_target,
     trust_key,
 )
-from storage.signing_root import MAX_ROOT_BYTES
+from storage.signing.root import MAX_ROOT_BYTES
+from storage.stores.blob_store import check_key
 
 _CLOCK_SLACK_S = 86_400.0
 _CONFIG = UpdaterConfig(
@@ -165,8 +165,8 @@ def _explain(error: Exception, name: str) -> NoReturn:
 
 
 def _check_anchor(raw: bytes) -> None:
-    from storage.signing_keys import SigningError
-    from storage.signing_root import check_link
+    from storage.signing.keys import SigningError
+    from storage.signing.root import check_link
 
     try:
         check_link(raw, None)

@@ -29,14 +29,14 @@ from jobs.stages.preparation import prepare
 from storage.device import Device, StoreSource
 from storage.manifest import Manifest
 from storage.shard import read_shard
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from tests.benchmarks.accuracy_report import write_markdown
 from workers import runtime
 from workers.executor import Executor, InProcessExecutor
+from workers.inputs.tensors import TensorSource
 from workers.measure import MeasureTask, measure
-from workers.remote import RayExecutor, RaySettings
+from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.tasks import NetworkRef
-from workers.tensors import TensorSource
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("NESTQUANT_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -23,14 +23,14 @@ from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
-from storage.blob_store import BlobStore
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.uri import open_store
 from tests.servers.requests import Requests, counted
 from tests.servers.s3_server import ACCESS_KEY, SECRET_KEY, moto
-from workers import remote
-from workers.checkpoint import random_state, save_state
 from workers.executor import Executor, InProcessExecutor
-from workers.remote import RayExecutor, RaySettings
+from workers.inputs.checkpoint import random_state, save_state
+from workers.on_ray import executor as remote
+from workers.on_ray.executor import RayExecutor, RaySettings
 
 TASKS = 3000
 DEEP = 1000

@@ -110,7 +110,7 @@ def driver(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the job in this process and tell what it took."""
     from jobs.driver import run_job
     from jobs.spec.file import parse_spec
-    from workers.remote import RayExecutor, RaySettings
+    from workers.on_ray.executor import RayExecutor, RaySettings
 
     with RayExecutor(RaySettings(address=spec["cluster"]["address"])) as executor:
         list(executor.map(time.sleep, [0.2] * 4))
@@ -187,9 +187,9 @@ def _write_zeros(path: Path, state: Mapping[str, Any]) -> int:
 
 def _import_all() -> None:
     """What the job imports is no growth of it."""
-    from workers import zoo
+    from workers.inputs import networks
 
-    zoo.build("timm", "test_vit", meta=True)
+    networks.build("timm", "test_vit", meta=True)
 
 
 def _memory(pid: int | str) -> dict[str, int]:

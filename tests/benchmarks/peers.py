@@ -24,7 +24,7 @@ import numpy as np
 from tests.benchmarks.accuracy_table import DATA, MODELS, ROOT, SAMPLES, Known
 from tests.benchmarks.peer_runs.names import ANSWER
 from tests.benchmarks.peers_report import write_table
-from workers.images import open_images
+from workers.inputs.images import open_images
 
 RESULTS = ROOT / "docs" / "results" / "peers.json"
 ENVIRONMENTS = Path(os.environ.get("NESTQUANT_PEERS", ROOT / ".peers"))

@@ -23,7 +23,7 @@ from storage.digest import digest_bytes
 from storage.manifest import Manifest, canonical_json
 from storage.registry import Registry
 from storage.shard import read_shard
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.executor import InProcessExecutor
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "sizes.json"

@@ -38,7 +38,7 @@ from jobs.spec.zoo import ZooJob, load_zoo
 from jobs.zoo.ledger import ROWS, ZooLedger, parse_rows
 from jobs.zoo.row import ZooRow
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from tests.benchmarks.accuracy_table import CIFAR, CIFAR_VIT, DATA, IMAGENET, ROOT, VIT_KWARGS
 from workers.executor import InProcessExecutor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 from tests.faults.proxy import Proxy, faulty
 from tests.servers.process import find_program, free_port, running, wait_for_port
 

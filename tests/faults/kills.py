@@ -23,7 +23,7 @@ from pathlib import Path
 
 from storage.device import Device, StoreSource
 from storage.device.source import Body
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 OPERATIONS: dict[str, tuple[str, ...]] = {

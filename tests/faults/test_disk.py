@@ -13,7 +13,7 @@ import pytest
 
 from storage.device import Device, Event, StoreSource
 from storage.device.errors import CacheError, NoSpace
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 from tests.conftest import ROOT
 from tests.storage.device.artifacts import publish
 
@@ -69,7 +69,7 @@ LIMITED = """
 import resource, sys
 from storage.device import Device, StoreSource
 from storage.device.errors import NoSpace
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))
 try:
     Device(sys.argv[1], StoreSource(LocalStore(sys.argv[2])), unsigned=True).pull("net")

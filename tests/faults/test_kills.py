@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from storage.device import Device, HttpSource
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
 from tests.faults.kills import OPERATIONS

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from storage.signing import sign
-from storage.signing_root import create_root
+from storage.signing.metadata import sign
+from storage.signing.root import create_root
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
 from tests.storage.device.artifacts import publish

@@ -14,10 +14,10 @@ from storage.device.errors import SourceDenied, SourceNotFound
 from storage.device.http import UrlIndex
 from storage.device.presign import Presigner, keys_of, trust_keys_of
 from storage.manifest import Manifest
-from storage.s3 import S3Store
-from storage.signing import sign
-from storage.signing_root import create_root
-from storage.uri import open_store
+from storage.signing.metadata import sign
+from storage.signing.root import create_root
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
 from tests.faults import proxy as fault
 from tests.faults.proxy import Proxy, faulty
 from tests.servers.s3_server import S3Server

@@ -21,9 +21,9 @@ from storage.device.resolve import parse_release
 from storage.errors import InvalidManifest, InvalidShard, StorageError
 from storage.layout import CACHE_MARKER, blob_key, manifest_key, tag_key
 from storage.manifest import canonical_json
-from storage.memory import MemoryStore
 from storage.registry import TagRecord
 from storage.shard import read_shard
+from storage.stores.memory import MemoryStore
 from tests.fuzz import corpus
 from tests.fuzz.target import one_line, read_everything
 from tests.storage.device.artifacts import build, digest_of, put

@@ -18,12 +18,12 @@ from jobs.events import Event
 from jobs.spec.file import parse_spec
 from storage.errors import NotFound
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from tests.conftest import TINY
-from workers.checkpoint import random_state, save_state
 from workers.errors import CheckpointError
 from workers.executor import Executor, InProcessExecutor
-from workers.remote import RayExecutor, RaySettings
+from workers.inputs.checkpoint import random_state, save_state
+from workers.on_ray.executor import RayExecutor, RaySettings
 
 Document = Callable[..., dict[str, Any]]
 

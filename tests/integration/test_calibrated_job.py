@@ -20,16 +20,16 @@ from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers import reconstruct, runtime
-from workers.checkpoint import load_network
 from workers.executor import InProcessExecutor
-from workers.images import open_images
-from workers.remote import RayExecutor, RaySettings
+from workers.inputs.checkpoint import load_network
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import TensorSource
+from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.solutions import read_solution
 from workers.tasks import PieceTask
-from workers.tensors import TensorSource
-from workers.zoo import Preprocessing
 
 Document = Callable[..., dict[str, Any]]
 QUANTIZE = {"recipe": "calibrated", "bits": [8, 6, 4], "overrides": {"fc": {"bits": [8]}}}

@@ -14,11 +14,11 @@ from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers import runtime
-from workers.checkpoint import random_state, save_state
 from workers.executor import InProcessExecutor
-from workers.remote import RayExecutor, RaySettings
+from workers.inputs.checkpoint import random_state, save_state
+from workers.on_ray.executor import RayExecutor, RaySettings
 
 Document = Callable[..., dict[str, Any]]
 

@@ -17,14 +17,15 @@ from jobs.spec.file import parse_spec
 from storage.device import Device, StoreSource
 from storage.errors import NotFound
 from storage.registry import Registry
-from storage.uri import open_store
-from workers import runtime, zoo
-from workers.checkpoint import load_network
+from storage.stores.uri import open_store
+from workers import runtime
 from workers.errors import DataError
 from workers.executor import InProcessExecutor
-from workers.images import open_images
-from workers.remote import RayExecutor, RaySettings
-from workers.tensors import TensorSource
+from workers.inputs import networks
+from workers.inputs.checkpoint import load_network
+from workers.inputs.images import open_images
+from workers.inputs.tensors import TensorSource
+from workers.on_ray.executor import RayExecutor, RaySettings
 
 Document = Callable[..., dict[str, Any]]
 A = TypeVar("A")
@@ -160,7 +161,7 @@ def device(published: tuple[JobResult, str], tmp_path_factory: pytest.TempPathFa
 
 
 def outputs(network: torch.nn.Module, images: Path) -> torch.Tensor:
-    manifest_size = zoo.Preprocessing(32, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    manifest_size = networks.Preprocessing(32, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     batch, _ = next(open_images(images).batches(manifest_size, batch_size=8))
     with torch.inference_mode():
         return network(batch)

@@ -13,8 +13,8 @@ from jobs.spec.file import parse_spec
 from storage.device import Device, open_source
 from storage.errors import UnsafeStore
 from storage.registry import Registry
-from storage.s3 import S3Store
-from storage.uri import open_store
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
 from tests.integration.test_job import whole_document
 from tests.servers.s3_server import S3Server
 from workers.executor import InProcessExecutor

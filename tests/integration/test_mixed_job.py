@@ -17,15 +17,15 @@ from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
 from nestquant.quantize import quantize_weight
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers import sensitivity
-from workers.checkpoint import load_network
 from workers.executor import InProcessExecutor
-from workers.images import open_images, spread
-from workers.remote import RayExecutor, RaySettings
+from workers.inputs.checkpoint import load_network
+from workers.inputs.images import open_images, spread
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import TensorSource
+from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.sensitivity import SensitivityRecord
-from workers.tensors import TensorSource
-from workers.zoo import Preprocessing
 
 Document = Callable[..., dict[str, Any]]
 QUANTIZE = {

@@ -18,7 +18,7 @@ from storage.layout import blob_key
 from storage.manifest import MEDIA_TYPE_BASE, MEDIA_TYPE_SHARD
 from storage.registry import Registry
 from storage.retention import delete_version, fsck, gc
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.executor import InProcessExecutor
 
 Document = Callable[..., dict[str, Any]]

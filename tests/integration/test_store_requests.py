@@ -11,8 +11,8 @@ import pytest
 from jobs.driver import run_job
 from jobs.events import Event
 from jobs.spec.file import parse_spec
-from storage.capabilities import has_create_only
-from storage.uri import open_store
+from storage.stores.capabilities import has_create_only
+from storage.stores.uri import open_store
 from tests.servers.requests import Requests, counted
 from tests.servers.s3_server import S3Server
 from workers.executor import InProcessExecutor

@@ -21,9 +21,9 @@ from jobs.driver import run_job
 from jobs.errors import ClusterError, JobError
 from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
-from storage.memory import MemoryStore
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.faults.proxy import Fault, Request, faulty, refuse
 from tests.integration.ray_head import RayHead, ray_head
 from tests.servers.s3_server import S3Server

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 from jobs.driver import run_job
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from tests.faults.proxy import faulty
 from tests.servers.s3_server import S3Server
 from workers.executor import InProcessExecutor

@@ -13,9 +13,9 @@ from jobs.cluster.record import JobRecord, find_job
 from jobs.cluster.submit import Cluster, cancel
 from jobs.errors import ClusterError, JobError, SpecError
 from jobs.spec.file import parse_spec
-from storage.memory import MemoryStore
+from storage.stores.memory import MemoryStore
 from workers.errors import NoCluster
-from workers.remote import RayExecutor, RaySettings
+from workers.on_ray.executor import RayExecutor, RaySettings
 
 SPEC = {
     "name": "x",

@@ -36,7 +36,7 @@ from jobs.stages.evaluation import measure_tasks
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
 from storage.manifest import Manifest
-from workers import zoo
+from workers.inputs import networks
 from workers.calibrate import observe
 from workers.executor import InProcessExecutor
 from workers.measure import measure

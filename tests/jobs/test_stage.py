@@ -12,14 +12,14 @@ from typing_extensions import override
 
 from jobs.spec.job import ModelSpec, PreprocessSpec
 from jobs.stages.weights import outline, resolve_preprocessing, stage
-from storage.memory import MemoryStore
 from storage.registry import Registry
+from storage.stores.memory import MemoryStore
 from tests.storage.wrappers import Step, WatchedStore
-from workers.checkpoint import random_state, save_state
 from workers.errors import CheckpointError
 from workers.executor import InProcessExecutor
-from workers.tensors import TensorReader
-from workers.weights import make_weights
+from workers.inputs.checkpoint import random_state, save_state
+from workers.inputs.tensors import TensorReader
+from workers.inputs.weights import make_weights
 
 KWARGS = {"num_classes": 10, "in_chans": 1}
 GREY = PreprocessSpec(size=32, mean=(0.5,), std=(0.5,))

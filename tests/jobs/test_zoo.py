@@ -23,9 +23,9 @@ from jobs.spec.zoo import load_zoo
 from jobs.zoo.ledger import ZooLedger, parse_rows
 from jobs.zoo.row import ZooRow
 from jobs.zoo.run import ZooEvent, run_zoo
-from storage.memory import MemoryStore
 from storage.registry import Registry
-from storage.uri import open_store
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from workers.executor import InProcessExecutor
 
 TINY = {"in_chans": 1, "num_classes": 10, "img_size": 32}

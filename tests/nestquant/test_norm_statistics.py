@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from nestquant.norm_statistics import NormSums, norm_layers, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
-from workers.checkpoint import load_network
-from workers.tensors import TensorSource
-from workers.zoo import IMAGENET_MEAN, IMAGENET_STD
+from workers.inputs.checkpoint import load_network
+from workers.inputs.networks import IMAGENET_MEAN, IMAGENET_STD
+from workers.inputs.tensors import TensorSource
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from storage.s3 import S3Store
+from storage.stores.s3 import S3Store
 
 _KINDS = (
     ("probe of the store", r"doctor/"),

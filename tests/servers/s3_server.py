@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
 
-from storage.s3 import S3Options, S3Store
+from storage.stores.s3 import S3Options, S3Store
 from tests.servers.process import find_program, free_port, running, wait_for_port
 
 ACCESS_KEY, SECRET_KEY, REGION = "testkey", "testsecret", "us-east-1"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from nestquant.packing import pack
-from storage.blob_store import BlobStore
 from storage.manifest import (
     MEDIA_TYPE_BASE,
     LayerRecord,
@@ -18,6 +17,7 @@ from storage.manifest import (
 )
 from storage.registry import Registry
 from storage.shard import IntegerTensor, build_base, build_shard
+from storage.stores.blob_store import BlobStore
 
 
 def integers(shape: tuple[int, ...], bits: int, seed: int) -> IntegerTensor:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, BadKey, NotFound, PreconditionFailed, TooLarge
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.uri import open_store
 
 BIG = bytes(range(256)) * (10 * 1024)  # 2.5 MiB: three pieces of a stream
 HOSTILE_KEYS = ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".hidden", "a.", "a\\b", "a:b", "A", "a b", "é"]

@@ -11,9 +11,9 @@ from typing import Literal
 import boto3  # noqa: F401 - loaded once, in the fork server
 from typing_extensions import override
 
-from storage.blob_store import BlobStore
 from storage.registry import Published, Registry
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.uri import open_store
 from tests.storage.artifacts import make_draft
 from tests.storage.wrappers import Step, WatchedStore
 

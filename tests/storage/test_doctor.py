@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from storage import capabilities
-from storage.blob_store import BlobStore, ObjectInfo
-from storage.doctor import diagnose
 from storage.errors import NotFound, StoreUnavailable
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.uri import open_store
+from storage.stores import capabilities
+from storage.stores.blob_store import BlobStore, ObjectInfo
+from storage.stores.doctor import diagnose
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 from tests.storage.wrappers import WatchedStore
 

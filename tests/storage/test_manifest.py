@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from storage.errors import InvalidManifest
 from storage.manifest import LayerRecord, Manifest, Piece, canonical_json, parse_manifest, piece_key
-from storage.memory import MemoryStore
 from storage.registry import Registry
+from storage.stores.memory import MemoryStore
 from tests.storage.artifacts import make_draft
 
 DRAFT = make_draft(Registry(MemoryStore("manifest")))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from storage import capabilities
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, StorageError, StoreUnavailable, WriteConflict
-from storage.local import LocalStore
-from storage.memory import MemoryStore
 from storage.registry import Registry
 from storage.retention import fsck
-from storage.uri import open_store
+from storage.stores import capabilities
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 from tests.storage.artifacts import make_draft
 from tests.storage.publishers import Dead, DiesAt, When, fork_server, publish_many, run_job, run_job_and_die

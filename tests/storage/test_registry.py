@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from storage import layout
-from storage.blob_store import BlobStore
 from storage.errors import BadKey, Corrupt, InvalidManifest, NotFound, TooLarge, UnsafeStore, VersionDeleted
-from storage.local import LocalStore
 from storage.manifest import canonical_json
-from storage.memory import MemoryStore
 from storage.registry import Published, Registry
 from storage.retention import delete_version
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 from tests.storage.artifacts import make_draft, publish_new
 from tests.storage.wrappers import WatchedStore

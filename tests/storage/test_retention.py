@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from storage import condemned, layout
-from storage.blob_store import BlobStore
 from storage.errors import Corrupt, InvalidManifest, NotFound
-from storage.local import LocalStore
 from storage.manifest import Manifest
-from storage.memory import MemoryStore
 from storage.registry import Registry
 from storage.retention import delete_version, fsck, gc
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.storage.artifacts import make_draft, publish_new
 from tests.storage.wrappers import WatchedStore
 

@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 
 KEYS = st.sampled_from(["blobs/a", "blobs/b", "models/x/1", "models/x-y/1", "z"])

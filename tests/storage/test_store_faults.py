@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import pytest
 
-from storage import capabilities
 from storage.errors import (
     AccessDenied,
     Corrupt,
@@ -24,8 +23,9 @@ from storage.errors import (
 )
 from storage.registry import Registry
 from storage.retention import fsck
-from storage.s3 import S3Store
-from storage.uri import open_store
+from storage.stores import capabilities
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
 from tests.faults import proxy as fault
 from tests.faults.proxy import Fault, Plan, Proxy, Request, faulty
 from tests.servers.s3_server import S3Server
@@ -249,7 +249,7 @@ def test_an_error_inside_the_200_of_a_multipart_upload(store: S3Store, proxy: Pr
 
 _UPLOAD = """
 import signal, sys
-from storage.uri import open_store
+from storage.stores.uri import open_store
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a session in the background ignores it, and so would we
 open_store(sys.argv[1]).put("k", bytes(40 << 20), mode="overwrite")
 """

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from storage.blob_store import BlobStore
-from storage.capabilities import race_create, race_swap
 from storage.errors import AccessDenied, BadKey, NoSpace, NotFound, PreconditionFailed, StoreUnavailable, UnsafeStore
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.s3 import S3Store
-from storage.uri import open_store
+from storage.stores.blob_store import BlobStore
+from storage.stores.capabilities import race_create, race_swap
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 from tests.storage.contract import BIG, ReadWriteContract, StoreContract, SwapContract
 
@@ -54,7 +54,7 @@ class TestLocal(SwapContract):
 
     def test_leftovers_of_a_killed_writer(self, tmp_path: Path) -> None:
         code = (
-            "import os, signal; from storage.local import LocalStore;"
+            "import os, signal; from storage.stores.local import LocalStore;"
             f"store = LocalStore({str(tmp_path)!r});"
             "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL);"
             "store.put('a/b', b'half', mode='create')"

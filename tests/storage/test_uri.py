@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from storage.errors import BadStoreURI
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.s3 import S3Options, S3Store
-from storage.uri import open_store
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
+from storage.stores.s3 import S3Options, S3Store
+from storage.stores.uri import open_store
 
 
 def test_paths_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Literal
 
 from typing_extensions import override
 
-from storage.blob_store import BlobStore, Data, ObjectInfo, PutMode
 from storage.errors import StorageError
+from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.uri import open_store
-from workers import zoo
-from workers.checkpoint import check_fit, fetch, load_network, random_state, save_state, stored_file, to_safetensors
+from storage.stores.uri import open_store
 from workers.errors import CheckpointError, ModelError
-from workers.tensors import TensorReader, TensorSource
+from workers.inputs import networks
+from workers.inputs.checkpoint import (
+    check_fit,
+    fetch,
+    load_network,
+    random_state,
+    save_state,
+    stored_file,
+    to_safetensors,
+)
+from workers.inputs.tensors import TensorReader, TensorSource
 
 ARCH, KWARGS = "test_resnet", {"num_classes": 10}
 
@@ -68,7 +76,7 @@ def test_missing_unexpected_and_wrong_are_listed(state: dict[str, torch.Tensor],
     broken["fc.weight"] = torch.zeros(11, broken["fc.weight"].shape[1])
     reader = TensorReader(TensorSource(None, str(save_state(broken, tmp_path / "broken.safetensors"))))
     with pytest.raises(CheckpointError) as caught:
-        check_fit(zoo.build("timm", ARCH, KWARGS, meta=True), reader)
+        check_fit(networks.build("timm", ARCH, KWARGS, meta=True), reader)
     message = str(caught.value)
     assert "1 keys missing (conv1.0.weight)" in message
     assert "1 keys unexpected (conv1.0.weigth)" in message
@@ -102,13 +110,13 @@ def test_an_object_of_any_store_is_fetched(tmp_path: Path) -> None:
 )
 def test_an_unknown_architecture_names_a_near_one(library: str, arch: str, hint: str) -> None:
     with pytest.raises(ModelError) as caught:
-        zoo.build(library, arch)
+        networks.build(library, arch)
     assert hint in str(caught.value)
 
 
 def test_wrong_arguments_are_one_line() -> None:
     with pytest.raises(ModelError) as caught:
-        zoo.build("timm", ARCH, {"num_clases": 10})
+        networks.build("timm", ARCH, {"num_clases": 10})
     assert len(str(caught.value).splitlines()) == 1
     assert "num_clases" in str(caught.value)
 
@@ -117,4 +125,4 @@ def test_pretrained_without_a_network_says_what_to_try(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", "/nonexistent")
     with pytest.raises(ModelError, match=r"with its pretrained weights.*give model\.checkpoint instead"):
-        zoo.build("timm", "test_resnet.r160_in1k", pretrained=True)
+        networks.build("timm", "test_resnet.r160_in1k", pretrained=True)

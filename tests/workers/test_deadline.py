@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from workers.deadline import TaskTimeout, deadline
+from workers.on_ray.deadline import TaskTimeout, deadline
 
 
 def test_what_takes_too_long_is_interrupted_and_the_alarm_is_put_back() -> None:
@@ -32,7 +32,7 @@ def test_code_that_never_comes_back_ends_with_its_process() -> None:
     """A blocked signal is what compiled code looks like from outside: the interrupt does not get through."""
     stuck = (
         "import signal, time\n"
-        "from workers.deadline import deadline\n"
+        "from workers.on_ray.deadline import deadline\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])\n"
         "with deadline(0.2):\n"
         "    time.sleep(60)\n"

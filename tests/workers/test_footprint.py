@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from workers import zoo
 from workers.footprint import Footprint
+from workers.inputs import networks
 
 
 def traced(network: nn.Module, *shape: int) -> int:
@@ -41,6 +41,6 @@ def test_views_and_parameters_cost_nothing() -> None:
 
 
 def test_four_images_take_four_times_one() -> None:
-    network = zoo.build("timm", "test_resnet", meta=True)
+    network = networks.build("timm", "test_resnet", meta=True)
     one = traced(network, 1, 3, 160, 160)
     assert 3.99 * one < traced(network, 4, 3, 160, 160) <= 4 * one  # what does not grow: the statistics of one layer

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from workers.errors import DataError
-from workers.images import open_images, to_input
-from workers.zoo import Preprocessing
+from workers.inputs.images import open_images, to_input
+from workers.inputs.networks import Preprocessing
 
 PLAIN = Preprocessing(size=8, resize=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

@@ -20,9 +20,9 @@ from storage.manifest import piece_key
 from storage.shard import read_shard
 from workers.errors import CheckpointError, WorkError
 from workers.executor import InProcessExecutor
+from workers.inputs.tensors import TensorReader, TensorSource
 from workers.quantize import ledger_key, read_piece, run_bundle, run_unit
 from workers.tasks import Bundle, GroupRecord, TaskContext
-from workers.tensors import TensorReader, TensorSource
 
 Document = Callable[..., dict[str, Any]]
 

@@ -14,10 +14,10 @@ from jobs.spec.file import parse_spec
 from jobs.stages.memory import sensitivity_samples
 from jobs.stages.preparation import prepare
 from jobs.stages.sensitivity import sensitivity_tasks
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.errors import DataError, WorkError
 from workers.executor import InProcessExecutor
-from workers.images import spread
+from workers.inputs.images import spread
 from workers.sensitivity import SensitivityTask, measure_layer, sensitivity_key
 
 Document = Callable[..., dict[str, Any]]

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from storage.registry import Registry
-from storage.uri import open_store
-from workers.checkpoint import fetch, load_network, random_state, save_state, stored_file
+from storage.stores.uri import open_store
 from workers.errors import DataError
-from workers.images import open_images
+from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing
+from workers.inputs.tensors import TensorSource
 from workers.synthesize import JoinTask, SynthesizeTask, SyntheticRecord, find_synthetic, join, synthesize
 from workers.tasks import NetworkRef, TaskContext
-from workers.tensors import TensorSource
-from workers.zoo import Preprocessing
 
 KWARGS = {"num_classes": 10, "in_chans": 3}
 NETWORK: dict[str, Any] = {"library": "timm", "arch": "test_resnet", "kwargs": KWARGS}

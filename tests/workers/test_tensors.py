@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from storage.digest import digest_file
-from storage.local import LocalStore
+from storage.stores.local import LocalStore
 from workers.errors import CheckpointError
-from workers.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, TensorSource, open_tensors
+from workers.inputs.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, TensorSource, open_tensors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 

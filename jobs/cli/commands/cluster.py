@@ -73,7 +73,7 @@ def ls(*, store: Store, as_json: Json = False) -> None:
     """List the submitted jobs."""
     from jobs.cluster.record import JobRecord, requests
     from jobs.cluster.submit import job_state
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     opened = open_store(store)
     rows = []
@@ -192,7 +192,7 @@ def result(job: Job, *, store: Store, as_json: Json = False) -> None:
 
 def _record(store: str, job: str) -> JobRecord:
     from jobs.cluster.record import find_job
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     return find_job(open_store(store), job)
 

@@ -41,7 +41,7 @@ def register(main: typer.Typer) -> None:
 
 def generate(path: Annotated[Path, typer.Argument(metavar="PATH")], *, as_json: Json = False) -> None:
     """Make an Ed25519 key and keep it in a file that only its owner reads."""
-    from storage.signing_keys import generate_key
+    from storage.signing.keys import generate_key
 
     key = generate_key(path, passphrase=os.environ.get(PASSPHRASE)).public_key
     if as_json:
@@ -63,9 +63,9 @@ def init(
     threshold: Annotated[int, typer.Option(min=1, help="So many root keys must sign a later root.")] = 1,
 ) -> None:
     """Begin a store's root of trust."""
-    from storage.signing_keys import load_public_key
-    from storage.signing_root import create_root
-    from storage.uri import open_store
+    from storage.signing.keys import load_public_key
+    from storage.signing.root import create_root
+    from storage.stores.uri import open_store
 
     publishers = [load_public_key(place) for place in publisher]
     onlines = [load_public_key(place) for place in online]
@@ -84,9 +84,9 @@ def add(
     root_key: RootKeys,
 ) -> None:
     """Let one more key sign."""
-    from storage.signing_keys import load_public_key
-    from storage.signing_root import add_key
-    from storage.uri import open_store
+    from storage.signing.keys import load_public_key
+    from storage.signing.root import add_key
+    from storage.stores.uri import open_store
 
     public = load_public_key(key)
     add_key(open_store(store), role, public, load_keys(root_key))
@@ -115,9 +115,9 @@ def revoke(
 
 
 def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None) -> None:
-    from storage.signing_keys import load_public_key
-    from storage.signing_root import newest_root, revoke_key
-    from storage.uri import open_store
+    from storage.signing.keys import load_public_key
+    from storage.signing.root import newest_root, revoke_key
+    from storage.stores.uri import open_store
 
     store = open_store(uri)
     known = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
@@ -130,8 +130,8 @@ def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None)
 
 def show(*, store: Store, as_json: Json = False) -> None:
     """Show which keys may sign what, and until when."""
-    from storage.signing_root import ROLES, newest_root
-    from storage.uri import open_store
+    from storage.signing.root import ROLES, newest_root
+    from storage.stores.uri import open_store
 
     root = newest_root(open_store(store)).signed
     roles = {role: sorted(root.roles[names[0]].keyids) for role, names in ROLES.items()}
@@ -156,8 +156,8 @@ def sign(
     as_json: Json = False,
 ) -> None:
     """Vouch for versions and tags, so that devices with the root of trust believe them."""
-    from storage import signing
-    from storage.uri import open_store
+    from storage.signing import metadata as signing
+    from storage.stores.uri import open_store
 
     keys, target = load_keys(key), open_store(store)
     if refresh:

@@ -25,9 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def doctor(*, store: Store, as_json: Json = False) -> None:
     """Try what publishing and pulling rely on: access, clock, ranges, listing, create-only under a race, checksums."""
-    from storage.doctor import diagnose
     from storage.errors import UnsafeStore
-    from storage.uri import open_store
+    from storage.stores.doctor import diagnose
+    from storage.stores.uri import open_store
 
     checks = diagnose(open_store(store))
     failed = [check for check in checks if check.status == "fail"]
@@ -53,7 +53,7 @@ def fsck(
     """Read every blob of every version again and compare lengths and digests."""
     from storage.errors import Damaged
     from storage.retention import fsck as check
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     report = check(open_store(store), name)
     if as_json:
@@ -80,7 +80,7 @@ def gc(
 ) -> None:
     """Remove blobs that no version names, in two runs at least the age of grace apart. A dry run unless --remove."""
     from storage.retention import gc as collect
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     report = collect(open_store(store), grace_s=grace_days * _DAY_S, dry_run=not remove)
     if as_json:
@@ -105,7 +105,7 @@ def delete_version(
 ) -> None:
     """Take a version back: its number is never used again, its blobs go with the next gc."""
     from storage.retention import delete_version as delete
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     deleted = delete(open_store(store), name, version)
     if as_json:

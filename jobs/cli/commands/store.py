@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 def ls(*, store: Store, as_json: Json = False) -> None:
     """List the models in a store, their versions and tags."""
     from storage.registry import Registry
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     registry = Registry(open_store(store))
     rows = [
@@ -43,7 +43,7 @@ def ls(*, store: Store, as_json: Json = False) -> None:
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
     from storage.registry import Registry
-    from storage.uri import open_store
+    from storage.stores.uri import open_store
 
     name, ref = split_ref(model)
     registry = Registry(open_store(store))

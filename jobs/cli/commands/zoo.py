@@ -103,7 +103,7 @@ def report(
         if not results.exists():
             raise SpecError(f"No {results}: expected a run's folder of tables, or the zoo's spec.")
         from jobs.spec.zoo import load_zoo
-        from storage.uri import open_store
+        from storage.stores.uri import open_store
 
         zoo, _ = load_zoo(results)
         title, rows = zoo.name, ZooLedger(open_store(zoo.store.uri), zoo.name).read_rows()

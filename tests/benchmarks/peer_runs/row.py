@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.benchmarks.peer_runs.names import ANSWER
 from workers.evaluate import top1
-from workers.images import open_images
-from workers.zoo import Preprocessing, build
+from workers.inputs.images import open_images
+from workers.inputs.networks import Preprocessing, build
 
 PRODUCTS = {torch.nn.functional.conv2d, torch.conv2d, torch.nn.functional.linear}
 

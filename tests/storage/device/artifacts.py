@@ -6,7 +6,6 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from storage.blob_store import BlobStore
 from storage.layout import blob_key, manifest_key, tag_key
 from storage.manifest import (
     MEDIA_TYPE_BASE,
@@ -22,6 +21,7 @@ from storage.manifest import (
     canonical_json,
 )
 from storage.registry import TagRecord
+from storage.stores.blob_store import BlobStore
 
 
 def digest_of(data: bytes) -> str:

@@ -8,8 +8,8 @@ from storage.device import Device, Event, StoreSource
 from storage.device.errors import CacheBusy, DeviceError, NotInstalled, SourceNotFound, Untrusted
 from storage.errors import Corrupt
 from storage.layout import blob_key, tag_key
-from storage.local import LocalStore
 from storage.manifest import Manifest
+from storage.stores.local import LocalStore
 from tests.storage.device.artifacts import build, content, digest_of, publish, put
 
 

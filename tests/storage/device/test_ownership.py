@@ -13,10 +13,10 @@ from storage.device import Device, Event, StoreSource
 from storage.device.errors import ForeignFolder, NotInstalled
 from storage.errors import BadStoreURI
 from storage.layout import CACHE_MARKER
-from storage.local import LocalStore
-from storage.memory import MemoryStore
 from storage.registry import Registry
 from storage.retention import delete_version, gc
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
 from tests.storage.device.artifacts import publish
 
 HEX = "5" * 64

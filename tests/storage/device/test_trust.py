@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from storage.blob_store import Data, ObjectInfo, PutMode
 from storage.device import Device, Retry, StoreSource
 from storage.device.errors import DeviceError, SourceError, Untrusted
 from storage.errors import InvalidManifest
 from storage.layout import manifest_key
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.signing import Lives, Signed, refresh, sign, trust_key
-from storage.signing_keys import SigningError, generate_key, load_key, load_public_key
-from storage.signing_root import add_key, create_root, newest_root, revoke_key, root_key
+from storage.signing.keys import SigningError, generate_key, load_key, load_public_key
+from storage.signing.metadata import Lives, Signed, refresh, sign, trust_key
+from storage.signing.root import add_key, create_root, newest_root, revoke_key, root_key
+from storage.stores.blob_store import Data, ObjectInfo, PutMode
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
 from tests.storage.device.artifacts import publish
 
 PAST = Lives(timestamp=timedelta(seconds=-1))

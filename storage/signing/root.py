@@ -17,9 +17,9 @@ from securesystemslib.signer import CryptoSigner, Key
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound
-from storage.signing_keys import SigningError
+from storage.signing.keys import SigningError
+from storage.stores.blob_store import BlobStore
 
 RoleName = Literal["root", "publisher", "online"]
 ROLES: dict[RoleName, tuple[str, ...]] = {
@@ -112,7 +112,7 @@ def revoke_key(
 ) -> bytes:
     """Take ``keyid`` out of every role, or put ``replacement`` in its place (a rotation); return the new root.
 
-    What the key signed no longer counts: sign every model again (``storage.signing.sign(..., afresh=True)``).
+    What the key signed no longer counts: sign every model again (``storage.signing.metadata.sign(..., afresh=True)``).
     """
     trusted = newest_root(store)
     root = _next(trusted, life)

@@ -24,11 +24,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import StoreUnavailable
 from storage.registry import Published
-from workers.deadline import deadline
 from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, WorkError
 from workers.executor import Gang
-from workers.gang import RayGang, Seat
-from workers.telemetry import count_commits, observed
+from workers.on_ray.deadline import deadline
+from workers.on_ray.gang import RayGang, Seat
+from workers.on_ray.telemetry import count_commits, observed
 from workers.threads import use_threads
 
 A = TypeVar("A")

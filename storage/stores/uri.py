@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from storage.blob_store import BlobStore
 from storage.errors import BadStoreURI
-from storage.local import LocalStore
-from storage.memory import MemoryStore
+from storage.stores.blob_store import BlobStore
+from storage.stores.local import LocalStore
+from storage.stores.memory import MemoryStore
 
 _SCHEMES = ("file", "memory", "s3")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -21,7 +21,7 @@ _SECRET = re.compile(r"secret|password|token|access_?key|credential", re.IGNOREC
 def open_store(uri: str | Path) -> BlobStore:
     """Return the store that a URI or plain path names; nothing is contacted yet.
 
-    S3 parameters are the fields of `storage.s3.S3Options`: ``endpoint_url``, ``region``, ``addressing_style``,
+    S3 parameters are the fields of `storage.stores.s3.S3Options`: ``endpoint_url``, ``region``, ``addressing_style``,
     ``profile``, ``retry_mode``, ``max_attempts``, ``checksum``, ``connect_timeout_s``, ``read_timeout_s``,
     ``multipart_bytes``. Raises `BadStoreURI`.
     """
@@ -57,7 +57,7 @@ def open_store(uri: str | Path) -> BlobStore:
 
 
 def _open_s3(text: str, parts: SplitResult) -> BlobStore:
-    from storage.s3 import S3Options, S3Store
+    from storage.stores.s3 import S3Options, S3Store
 
     if not _BUCKET.fullmatch(parts.netloc):
         raise BadStoreURI(f"store {text!r}: {parts.netloc!r} is no bucket name (3 to 63 of a-z 0-9 . -)")

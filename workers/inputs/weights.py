@@ -12,10 +12,10 @@ from typing import Literal
 from storage.layout import blob_key
 from storage.manifest import Digest, Record
 from storage.registry import Registry
-from storage.uri import open_store
-from workers.checkpoint import pretrained_state, random_state, save_state
+from storage.stores.uri import open_store
+from workers.inputs.checkpoint import pretrained_state, random_state, save_state
+from workers.inputs.tensors import TensorReader, TensorSource
 from workers.scratch import scratch
-from workers.tensors import TensorReader, TensorSource
 
 MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
 MADE_BYTES_PER_BYTE = 2

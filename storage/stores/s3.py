@@ -2,7 +2,7 @@
 
 Differences between servers are met here once: ETags lose their quotes; a range request answered with the whole object
 is cut to measure; a body that ends early is asked for again from where it stopped, and only of the same object. What a
-server does *not* keep (preconditions) `storage.doctor` finds out. A conditional write is always one PUT, because
+server does *not* keep (preconditions) `storage.stores.doctor` finds out. A conditional write is always one PUT, because
 several servers ignore conditions when a multipart upload completes.
 """
 
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from typing_extensions import override
 
-from storage.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
 from storage.errors import AlreadyExists, Corrupt, NotFound, PreconditionFailed, StorageError, StoreUnavailable
-from storage.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
+from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.stores.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

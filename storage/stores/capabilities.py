@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed, StoreUnavailable, WriteConflict
+from storage.stores.blob_store import BlobStore
 
 PROBE_PREFIX = "doctor/"
 _PROBE_KEY = re.compile(r"doctor/[0-9a-f]{32}(/(reach|read|clock|range|list/[0-9]|checksum|multipart))?")

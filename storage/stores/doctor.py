@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from storage.blob_store import BlobStore
-from storage.capabilities import PROBE_PREFIX, Race, race_create, race_swap
 from storage.errors import Corrupt, NotFound, StorageError
-from storage.s3 import S3Store
+from storage.stores.blob_store import BlobStore
+from storage.stores.capabilities import PROBE_PREFIX, Race, race_create, race_swap
+from storage.stores.s3 import S3Store
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -7,7 +7,7 @@ What a caller may rely on, whatever the store:
 * ``put`` is atomic: a reader sees the whole object or none, never a part.
 * ``put(mode="create")`` succeeds for at most one of any number of writers, and raises `AlreadyExists` for the others.
 An S3 server may break
-  this promise; `storage.doctor` finds out.
+  this promise; `storage.stores.doctor` finds out.
 * After `StoreUnavailable` or `WriteConflict` a write may or may not have landed: read back.
 * ``list`` may lag behind on a bad store. Nothing on the way of publishing or pulling depends on it.
 """

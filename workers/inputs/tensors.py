@@ -1,8 +1,8 @@
 """Tensors read one at a time, or some rows of one, from a safetensors file on disk or in a store.
 
 The layout is that of the safetensors format: eight bytes with the header's length (little endian), the header (JSON),
-the data without holes or overlaps. Every value that is read is looked at (`workers.values`), and a file that is not the
-one that was opened any more is refused.
+the data without holes or overlaps. Every value that is read is looked at (`workers.inputs.values`), and a file that is
+not the one that was opened any more is refused.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 
 from storage.digest import file_version
 from storage.layout import is_blob_key
-from storage.uri import open_store
+from storage.stores.uri import open_store
 from workers.errors import CheckpointError
-from workers.values import check_values
+from workers.inputs.values import check_values
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap
 # A request to a store costs some 10 to 50 ms, in which a worker's link moves a few hundred kB: smaller gaps are read

@@ -21,12 +21,12 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from storage.blob_store import BlobStore
 from storage.errors import AlreadyExists, NotFound, StoreUnavailable, WriteConflict
 from storage.layout import check_tag, manifest_key, model_prefix
 from storage.registry import Registry
-from storage.signing_keys import SigningError
-from storage.signing_root import newest_root
+from storage.signing.keys import SigningError
+from storage.signing.root import newest_root
+from storage.stores.blob_store import BlobStore
 
 MODEL_FIELD = "x-nestquant-model"
 MAX_TARGETS_BYTES = 5_000_000

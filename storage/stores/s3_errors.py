@@ -17,11 +17,11 @@ from storage.errors import (
 )
 
 if TYPE_CHECKING:
-    from storage.s3 import S3Store
+    from storage.stores.s3 import S3Store
 
 
 class RangeBeyondEnd(StorageError):
-    """``416``: the range begins at or beyond the end of the object. Stays inside `storage.s3`."""
+    """``416``: the range begins at or beyond the end of the object. Stays inside `storage.stores.s3`."""
 
 
 _BY_CODE: dict[str, type[StorageError]] = {

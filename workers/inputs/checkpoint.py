@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from storage.blob_store import is_key
-from storage.s3 import S3Store
-from storage.uri import open_store
-from workers import zoo
+from storage.stores.blob_store import is_key
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
 from workers.errors import CheckpointError, nearest, shown
+from workers.inputs import networks
+from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
 from workers.tasks import NetworkRef
-from workers.tensors import TensorInfo, TensorReader, TensorSource
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.
@@ -114,14 +114,14 @@ def _unwrap(loaded: Any, name: str) -> dict[str, torch.Tensor]:
 
 def pretrained_state(library: str, arch: str, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the state dict of the library's own pretrained weights."""
-    return zoo.build(library, arch, kwargs, pretrained=True).state_dict()
+    return networks.build(library, arch, kwargs, pretrained=True).state_dict()
 
 
 def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """Return a state dict as the architecture initialises itself from this seed: for size tables and load tests."""
     with _SEEDED:
         torch.manual_seed(seed)
-        return zoo.build(library, arch, kwargs).state_dict()
+        return networks.build(library, arch, kwargs).state_dict()
 
 
 def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]:
@@ -162,7 +162,7 @@ def load_network(library: str, arch: str, kwargs: dict[str, Any], source: Tensor
     """Build the float network and load its weights from a source, tensor by tensor: beside the network, one of them is
     in memory.
     """
-    network = zoo.build(library, arch, kwargs)
+    network = networks.build(library, arch, kwargs)
     reader = TensorReader(source)
     names = reader.in_file_order(check_fit(network, reader))
     reader = reader.planned((name, None, None) for name in names)

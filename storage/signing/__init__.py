@@ -1,0 +1,1 @@
+"""Signed metadata (The Update Framework): what is signed, with which keys, under which root."""

@@ -1,0 +1,1 @@
+"""Stores: one interface, a file for each kind, and what can be relied upon on each."""

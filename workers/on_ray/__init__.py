@@ -1,0 +1,1 @@
+"""The work on a Ray cluster; nothing outside this folder imports ray."""
