@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from storage.document import parse_record
 from storage.errors import Corrupt, NotFound
 from storage.layout import CONDEMNED_KEY
 from storage.manifest import Record, canonical_json
@@ -25,9 +26,9 @@ def read_condemned(store: BlobStore) -> dict[str, float]:
     except NotFound:
         return {}
     try:
-        return _Condemned.model_validate_json(raw).blobs
+        return parse_record(raw, _Condemned).blobs
     except ValueError as error:
-        raise Corrupt(CONDEMNED_KEY, expected="gc's list of blobs", seen=str(error).splitlines()[0]) from error
+        raise Corrupt(CONDEMNED_KEY, expected="gc's list of blobs", seen=str(error)) from error
 
 
 def write_condemned(store: BlobStore, blobs: dict[str, float]) -> None:

@@ -16,8 +16,9 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from storage.document import as_record, parse_json
 from storage.errors import InvalidManifest
 from storage.layout import MODEL_NAME
 
@@ -263,26 +264,18 @@ def parse_manifest(raw: bytes, *, name: str, version: int) -> Manifest:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise InvalidManifest(f"{where}: {len(raw)} bytes, at most {MAX_MANIFEST_BYTES} allowed")
     try:
-        document = json.loads(raw)
+        document = parse_json(raw)
         canonical = canonical_json(document) if isinstance(document, dict) else b""
-    except (ValueError, RecursionError) as error:
-        raise InvalidManifest(f"{where}: not canonical JSON ({type(error).__name__}: {_first_line(error)})") from error
+    except ValueError as error:
+        raise InvalidManifest(f"{where}: not canonical JSON ({error})") from error
     if canonical != raw:
         raise InvalidManifest(f"{where}: not canonical JSON (sorted keys, no white space, each key once)")
     try:
-        manifest = Manifest.model_validate(document, strict=False)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "document"
-        raise InvalidManifest(
-            f"{where}: field {field}: {first['msg']} ({error.error_count()} errors in all)"
-        ) from error
+        manifest = as_record(document, Manifest)
+    except ValueError as error:
+        raise InvalidManifest(f"{where}: {error}") from error
     if (manifest.name, manifest.version) != (name, version):
         raise InvalidManifest(
             f"{where}: says that it is {manifest.name} version {manifest.version}; it was stored under another number"
         )
     return manifest
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]

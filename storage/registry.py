@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from storage import layout
 from storage.condemned import read_condemned
 from storage.digest import digest_bytes, digest_pieces, verify_bytes
+from storage.document import parse_record
 from storage.errors import (
     AlreadyExists,
     Corrupt,
@@ -363,9 +364,9 @@ class Registry:
                 f"model {name!r}: no tag {tag!r} in {self.store.uri}; 'nestquant ls' shows what there is", key=key
             ) from None
         try:
-            record = TagRecord.model_validate_json(raw)
+            record = parse_record(raw, TagRecord)
         except ValueError as error:
-            raise InvalidManifest(f"{key}: not a tag: {str(error).splitlines()[0]}", key=key) from error
+            raise InvalidManifest(f"{key}: not a tag: {error}", key=key) from error
         if record.name != name:
             raise InvalidManifest(f"{key}: is a tag of {record.name!r}, expected {name!r}", key=key)
         return record
@@ -391,6 +392,6 @@ def read_tombstone(raw: bytes) -> Tombstone | None:
     if len(raw) > TOMBSTONE_MAX_BYTES:
         return None
     try:
-        return Tombstone.model_validate_json(raw)
+        return parse_record(raw, Tombstone)
     except ValueError:
         return None

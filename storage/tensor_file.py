@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from storage.document import parse_json
 from storage.errors import InvalidShard
 
 MAX_HEADER_BYTES = 16 << 20
@@ -113,17 +114,10 @@ def _tensor(key: str, entry: Any, payload: memoryview, offset: int) -> tuple[npt
 
 def json_object(raw: bytes | str, what: str) -> dict[str, Any]:
     """Parse a JSON object in which no key stands twice; ``what`` names it in the error."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a key stands twice")
-        return found
-
     try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InvalidShard(f"shard: {what} is not JSON ({str(error)[:120]})") from error
+        value = parse_json(raw)
+    except ValueError as error:
+        raise InvalidShard(f"shard: {what} is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InvalidShard(f"shard: {what} is not a JSON object")
     return value

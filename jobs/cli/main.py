@@ -73,7 +73,7 @@ def exit_code(error: BaseException) -> Exit:
     kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
         ((GateError,), Exit.GATE),
         ((ClusterError, NoCluster), Exit.STORE),
-        ((BadStoreURI, BadKey, device_errors.ForeignFolder), Exit.USAGE),
+        ((BadStoreURI, BadKey, device_errors.NotOurs), Exit.USAGE),
         ((JobError,), Exit.USAGE),
         ((NoSpace, ScratchFull, device_errors.NoSpace), Exit.DISK),
         ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),

@@ -16,8 +16,6 @@ the right bytes. Blobs are counted by the manifests that name them; nothing else
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +23,38 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from storage.device.errors import CacheBusy, CacheError, NoSpace, NotInstalled
-from storage.device.ownership import Found, check, check_folder, claim, walk
-from storage.digest import digest_hex
+from storage.device.errors import CacheBusy, CacheError, NotInstalled
+from storage.device.files import (
+    FILE_MODE,
+    FOLDER_MODE,
+    check_file,
+    check_folder,
+    disk_errors,
+    flush_folder,
+    is_file,
+    make_folder,
+    read_file,
+    replace_file,
+)
+from storage.device.ownership import Found, check, claim, walk
+from storage.digest import digest_bytes, digest_hex
+from storage.document import parse_record
 from storage.layout import blob_key, model_prefix
-from storage.manifest import Descriptor, Digest, Manifest, ModelName, Record, canonical_json
+from storage.manifest import (
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Digest,
+    Manifest,
+    ModelName,
+    Record,
+    canonical_json,
+    parse_manifest,
+)
 from storage.stores.blob_store import check_key
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_STATE_BYTES = 1 << 20
 
 
 class Installed(Record):
@@ -68,20 +88,9 @@ class State(Record):
 def blobs_of(manifest: Manifest, level: int) -> list[Descriptor]:
     """Return the blobs a version needs at ``level``, in fetching order: base, then each level in execution order."""
     wanted: list[Descriptor] = list(manifest.base)
-    for k in range(level + 1):
+    for k in range(min(level + 1, manifest.level_count())):
         wanted += [group.levels[k] for group in manifest.groups if k < len(group.levels)]
     return list({descriptor.digest: descriptor for descriptor in wanted}.values())
-
-
-@contextmanager
-def disk_errors(what: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the device's disk into one line that names the file and what to try."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise NoSpace(f"{what}: {error.strerror}; free space or downgrade a model, then run again") from error
-        raise CacheError(f"{what}: {error.strerror or error}") from error
 
 
 class Cache:
@@ -94,19 +103,25 @@ class Cache:
     def lock(self, timeout_s: float) -> Iterator[None]:
         """Hold the cache for writing; an empty or absent folder becomes one.
 
-        Raises ``CacheBusy`` when another process keeps it longer than ``timeout_s``, ``ForeignFolder`` where the folder
-        is not a cache's.
+        Raises ``CacheBusy`` when another process keeps it longer than ``timeout_s``, ``NotOurs`` where the folder is
+        not a cache's.
         """
         with disk_errors(f"cache {self.root}"):
             check(self.root)  # before the lock is written
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        lock = FileLock(self.root / "lock", timeout=timeout_s, mode=FILE_MODE)
+        with disk_errors(str(self.root / "lock")):
+            check_file(self.root / "lock")
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise CacheBusy(f"another process works on {self.root}; waited {timeout_s:g} s") from error
         try:
-            with FileLock(self.root / "lock", timeout=timeout_s):
-                with disk_errors(f"cache {self.root}"):
-                    claim(self.root)
-                yield
-        except Timeout as error:
-            raise CacheBusy(f"another process works on {self.root}; waited {timeout_s:g} s") from error
+            with disk_errors(f"cache {self.root}"):
+                claim(self.root)
+            yield
+        finally:
+            lock.release()
 
     def blob_path(self, digest: str) -> Path:
         """Return where the blob stands once it is whole."""
@@ -119,23 +134,30 @@ class Cache:
     def holds(self, descriptor: Descriptor) -> bool:
         """Tell whether the blob is there in its full length (its SHA-256 was checked before it got its name)."""
         path = self.blob_path(descriptor.digest)
-        return path.is_file() and path.stat().st_size == descriptor.size_bytes
+        return is_file(path) and path.stat().st_size == descriptor.size_bytes
 
     def state(self, name: str) -> State:
         """Read a model's state; an empty one when the cache does not know the model."""
-        path = self.model_folder(name) / "state.json"
+        path = self.state_path(name)
+        if not os.path.lexists(path):
+            return State(name=name)
         with disk_errors(str(path)):
-            if not path.exists():
-                return State(name=name)
-            raw = path.read_bytes()
+            raw = read_file(path, max_bytes=_MAX_STATE_BYTES)
         try:
-            return State.model_validate_json(raw)
-        except ValidationError as error:
-            raise CacheError(f"{path} is not a state file; delete the model's folder and pull again") from error
+            state = parse_record(raw, State)
+            if state.name != name:
+                raise ValueError(f"it is that of {state.name}")
+        except ValueError as error:
+            raise CacheError(f"{path} is not the state of {name} ({error}); remove {name} and pull it again") from error
+        return state
+
+    def state_path(self, name: str) -> Path:
+        """Return the file that says what is installed of a model."""
+        return self.model_folder(name) / "state.json"
 
     def write_state(self, state: State) -> None:
         """Replace a model's state in one step."""
-        self._write(self.root / "models" / state.name / "state.json", canonical_json(state))
+        self._write(self.state_path(state.name), canonical_json(state))
 
     def current(self, name: str) -> Installed:
         """Return the version in use; raise ``NotInstalled`` when there is none."""
@@ -146,46 +168,53 @@ class Cache:
 
     def manifest_bytes(self, name: str, digest: str) -> bytes:
         """Read a stored manifest's bytes and check them against its digest."""
-        path = self._manifest_path(name, digest)
+        path = self.manifest_path(name, digest)
         with disk_errors(str(path)):
-            raw = path.read_bytes()
-        if hashlib.sha256(raw).hexdigest() != path.stem:
+            raw = read_file(path, max_bytes=MAX_MANIFEST_BYTES)
+        if digest_bytes(raw) != digest:
             raise CacheError(f"{path} is damaged; pull {name} again")
         return raw
 
-    def manifest(self, name: str, digest: str) -> Manifest:
-        """Read a stored manifest, checked."""
-        return Manifest.model_validate_json(self.manifest_bytes(name, digest))
+    def manifest(self, name: str, version: Installed) -> Manifest:
+        """Read a stored manifest as strictly as when it came. Raises ``CacheError``, ``InvalidManifest``."""
+        return parse_manifest(self.manifest_bytes(name, version.digest), name=name, version=version.version)
 
-    def _manifest_path(self, name: str, digest: str) -> Path:
+    def manifest_path(self, name: str, digest: str) -> Path:
+        """Return where a manifest is kept."""
         return self.model_folder(name) / "manifests" / f"{digest_hex(digest)}.json"
 
     def write_manifest(self, name: str, digest: str, raw: bytes) -> None:
-        """Keep a manifest's exact bytes."""
-        self._write(self._manifest_path(name, digest), raw)
+        """Keep a manifest's exact bytes; where they are here already, nothing is written."""
+        with contextlib.suppress(CacheError):
+            if self.manifest_bytes(name, digest) == raw:
+                return
+        self._write(self.manifest_path(name, digest), raw)
 
     def commit(self, digest: str) -> None:
         """Give a checked, flushed blob its final name."""
         part, final = self.part_path(digest), self.blob_path(digest)
         with disk_errors(str(final)):
-            self.make_folder(final.parent)
+            make_folder(self.root, final.parent)
+            check_file(final)
             part.replace(final)
-            _flush_folder(final.parent)
+            flush_folder(final.parent)
             part.with_suffix(".etag").unlink(missing_ok=True)
 
     def discard(self, digest: str) -> int:
         """Drop the staged bytes of a blob; return their number."""
         part = self.part_path(digest)
         with disk_errors(str(part)):
-            dropped = part.stat().st_size if part.exists() else 0
-            part.unlink(missing_ok=True)
-            part.with_suffix(".etag").unlink(missing_ok=True)
+            check_folder(self.root, part.parent)
+            dropped = part.stat().st_size if is_file(part) else 0
+            for path in (part, part.with_suffix(".etag")):
+                if is_file(path):
+                    path.unlink()
         return dropped
 
     def model_folder(self, name: str) -> Path:
         """Return a model's folder; raise ``BadKey`` for a name that no file system should be given.
 
-        ``ForeignFolder`` where a link stands in its place: what is behind one is not read either.
+        ``NotOurs`` where a link stands in its place: what is behind one is not read either.
         """
         folder = self.root / check_key(model_prefix(name).rstrip("/"))
         check_folder(self.root, folder)
@@ -201,15 +230,23 @@ class Cache:
 
     def names(self) -> list[str]:
         """Return the models that the cache knows, sorted."""
-        states = [found.path for found in walk(self.root, "models") if found.kind == "state"]
+        with disk_errors(f"cache {self.root}"):
+            states = [found.path for found in walk(self.root, "models") if found.kind == "state"]
         return sorted(path.parent.name for path in states if path.name == "state.json")
 
+    def drop_state(self, name: str) -> None:
+        """Remove a model's state: from now on nothing keeps its blobs. Needs no space."""
+        with disk_errors(str(self.state_path(name))):
+            for file in self._files_of(name):
+                if file.kind == "state":
+                    file.path.unlink()
+
     def forget(self, name: str) -> list[str]:
-        """Remove a model's state and manifests, the state last; return the names that are not ours and stay."""
+        """Remove what else is ours in a model's folder, and the folder; return the names that are not ours and stay."""
         found = self._files_of(name)
         folder = self.model_folder(name)
         with disk_errors(str(folder)):
-            for file in sorted(found, key=lambda file: file.kind == "state"):
+            for file in found:
                 if file.kind is not None:
                     file.path.unlink()
             for empty in (folder / "manifests", folder):
@@ -218,62 +255,9 @@ class Cache:
         return [file.name.removeprefix(f"models/{name}/") for file in found if file.kind is None]
 
     def _files_of(self, name: str) -> list[Found]:
-        self.model_folder(name)
         return list(walk(self.root, f"models/{name}"))
-
-    def sweep(self) -> int:
-        """Delete every blob, part and manifest that no state names; return the bytes freed.
-
-        Only files whose whole name is one of ours go: whatever else stands in the folder is somebody's.
-        """
-        wanted: set[str] = set()
-        manifests: set[Path] = set()
-        for name in self.names():
-            for version in self.state(name).installed():
-                blobs = blobs_of(self.manifest(name, version.digest), version.level)
-                wanted |= {digest_hex(descriptor.digest) for descriptor in blobs}
-                manifests.add(self._manifest_path(name, version.digest))
-        freed = 0
-        with disk_errors(f"cache {self.root}"):
-            ours = [found for found in walk(self.root) if found.kind is not None]
-            coming = wanted - {found.stem for found in ours if found.kind == "blob"}
-            for found in ours:
-                needless = {
-                    "blob": found.stem not in wanted,
-                    "staged": found.stem not in coming,
-                    "manifest": found.path not in manifests,
-                }
-                if needless.get(found.kind or "", False):
-                    found.path.unlink()
-                    freed += found.size_bytes if found.kind != "manifest" else 0
-        return freed
-
-    def make_folder(self, folder: Path) -> None:
-        """Create a folder below the root, each entered in its parent for good; no link is followed."""
-        check_folder(self.root, folder)
-        if not folder.is_dir():
-            if folder != self.root:
-                self.make_folder(folder.parent)
-            folder.mkdir(parents=folder == self.root, exist_ok=True)
-            _flush_folder(folder.parent)
 
     def _write(self, path: Path, data: bytes) -> None:
         with disk_errors(str(path)):
-            self.make_folder(path.parent)
-            temporary = path.with_name(f"{path.name}.new")
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk (POSIX; a no-op where folders cannot be opened)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            make_folder(self.root, path.parent)
+            replace_file(path, data)

@@ -7,6 +7,7 @@ run goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -14,14 +15,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.device.cache import Cache, Installed, State, blobs_of, disk_errors
-from storage.device.errors import CacheError, DeviceError, ForeignFolder, NoSpace, NotInstalled
+from storage.device.cache import Cache, Installed, State, blobs_of
+from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled, NotOurs
 from storage.device.fetch import Fetcher, Traffic
+from storage.device.files import disk_errors
 from storage.device.pace import Pace
 from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
 from storage.device.retry import Retry
 from storage.device.source import Documents, Source, StoreSource
+from storage.device.sweep import Swept, named, settle, sweep
 from storage.layout import blob_key
 from storage.manifest import Descriptor, Manifest
 from storage.stores.local import LocalStore
@@ -84,7 +87,7 @@ class Device:
         """Bring the low shards of the version in use up to ``level`` (default: all). High shards never travel again."""
         with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
-            manifest = self._cache.manifest(name, current.digest)
+            manifest = self._cache.manifest(name, current)
             target = _level(manifest, manifest.level_count() - 1 if level is None else level)
             raw = self._cache.manifest_bytes(name, current.digest)
             return self._install(
@@ -95,13 +98,11 @@ class Device:
         """Delete low shards above ``level``, of ``previous`` too; those that another model shares stay."""
         with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
-            target = min(current.level, _level(self._cache.manifest(name, current.digest), level))
+            target = min(current.level, _level(self._cache.manifest(name, current), level))
             previous = state.previous and state.previous.model_copy(update={"level": min(state.previous.level, target)})
             current = current.model_copy(update={"level": target})
-            self._cache.write_state(
-                state.model_copy(update={"current": current, "previous": previous, "pending": None, "failed": None})
-            )
-            return self._moved(name, current, freed_bytes=self._sweep(name))
+            swept = settle(self._cache, State(name=name, current=current, previous=previous))
+            return self._moved(name, current, freed_bytes=self._told(name, swept))
 
     def rollback(self, name: str) -> Moved:
         """Make the previous version the current one, offline; a second call goes forward again."""
@@ -111,22 +112,24 @@ class Device:
             if previous is None:
                 raise NotInstalled(f"{name}: no earlier version in {self.root} to go back to")
             missing = [
-                b
-                for b in blobs_of(self._cache.manifest(name, previous.digest), previous.level)
-                if not self._cache.holds(b)
+                b for b in blobs_of(self._cache.manifest(name, previous), previous.level) if not self._cache.holds(b)
             ]
             if missing:
                 raise CacheError(
                     f"{name} version {previous.version}: {missing[0].digest} is gone from {self.root}; pull it again"
                 )
-            self._cache.write_state(State(name=name, current=previous, previous=current))
-            return self._moved(name, previous, freed_bytes=self._sweep(name))
+            swept = settle(self._cache, State(name=name, current=previous, previous=current))
+            return self._moved(name, previous, freed_bytes=self._told(name, swept))
 
     def remove(self, name: str) -> int:
-        """Forget a model; return the bytes freed. What was last trusted for it stays: it cannot come back older."""
+        """Forget a model; return the bytes freed. What was last trusted for it stays: it cannot come back older.
+
+        Needs no space, and no more of the model than its folder: what is damaged can be removed, too.
+        """
         with self._lock(name):
-            self._cache.write_state(State(name=name))
-            freed = self._sweep(name)
+            let_go = named(self._cache, name)
+            self._cache.drop_state(name)
+            freed = self._told(name, sweep(self._cache, let_go))
             for stays in self._cache.forget(name):
                 self._emit("warning", name, (0, 0), (0, 0), message=f"models/{name}: {stays} is not ours and stays")
             return freed
@@ -137,7 +140,7 @@ class Device:
         ``discard`` deletes damaged ones, so that ``pull`` brings them again.
         """
         current = self._cache.current(name)
-        blobs = blobs_of(self._cache.manifest(name, current.digest), current.level)
+        blobs = blobs_of(self._cache.manifest(name, current), current.level)
         damaged = []
         for index, blob in enumerate(blobs):
             if (fault := self._fault(blob)) is not None:
@@ -154,7 +157,7 @@ class Device:
         state = self._cache.state(name)
         if state.current is None:
             return Status(name, _phase(state), state, (), 0, 0)
-        manifest = self._cache.manifest(name, state.current.digest)
+        manifest = self._cache.manifest(name, state.current)
         size_bytes = sum(blob.size_bytes for blob in blobs_of(manifest, state.current.level))
         return Status(name, _phase(state), state, self.levels(name), manifest.level_count(), size_bytes)
 
@@ -164,7 +167,7 @@ class Device:
 
     def manifest(self, name: str) -> Manifest:
         """Return the manifest of the version in use, checked against its digest."""
-        return self._cache.manifest(name, self._cache.current(name).digest)
+        return self._cache.manifest(name, self._cache.current(name))
 
     def levels(self, name: str) -> tuple[int, ...]:
         """Return the levels of the version in use that are here whole, without a gap: ``(0,)`` runs part-bit."""
@@ -189,27 +192,29 @@ class Device:
         if state.current == target and not missing:
             if state.pending is not None:
                 self._cache.write_state(state.model_copy(update={"pending": None, "failed": None}))
-            return self._moved(
-                name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=self._sweep(name)
-            )
+            freed_bytes = self._told(name, sweep(self._cache))
+            return self._moved(name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=freed_bytes)
         self._cache.write_state(state.model_copy(update={"pending": target, "failed": None}))
         try:
             self._check_space(missing)
             traffic = self._fetch(name, blobs)
         except DeviceError as error:
-            self._cache.write_state(state.model_copy(update={"pending": target, "failed": str(error)}))
+            with contextlib.suppress(CacheError):  # the disk may be full; why it failed is told all the same
+                self._cache.write_state(state.model_copy(update={"pending": target, "failed": str(error)}))
             raise
         replaced = state.current is not None and state.current.digest != target.digest
         previous = state.current if replaced else state.previous
+        let_go = named(self._cache, name)
         self._cache.write_state(State(name=name, current=target, previous=previous))
+        swept = sweep(self._cache, let_go)
         moved = {
             "received_bytes": traffic.received_bytes,
             "resumed_bytes": traffic.resumed_bytes,
             "wasted_bytes": traffic.wasted_bytes,
         }
-        saved_bytes = _sum(blobs) - _sum(missing)
+        moved |= {"saved_bytes": _sum(blobs) - _sum(missing), "freed_bytes": self._told(name, swept)}
         counts = {"blobs_moved": len(missing), "blobs_kept": len(blobs) - len(missing), "retries": traffic.retries}
-        return self._moved(name, target, **moved, **counts, saved_bytes=saved_bytes, freed_bytes=self._sweep(name))
+        return self._moved(name, target, **moved, **counts)
 
     def _fetch(self, name: str, blobs: list[Descriptor]) -> Traffic:
         source, total, done, index = self._need_source(), _sum(blobs), 0, 0
@@ -239,7 +244,8 @@ class Device:
         free, need = shutil.disk_usage(self._cache.root).free, _sum(missing) - staged
         if need > free:
             raise NoSpace(
-                f"{need} bytes to come, {free} free in {self.root}; free space or downgrade a model, then run again"
+                f"{need} bytes to come, {free} free in {self.root}; "
+                "free space, downgrade or remove a model, then run again"
             )
 
     def _fault(self, blob: Descriptor) -> str | None:
@@ -256,12 +262,10 @@ class Device:
         seen = f"sha256:{hasher.hexdigest()}"
         return None if seen == blob.digest else f"{blob.digest}: the file's SHA-256 is {seen}"
 
-    def _sweep(self, name: str) -> int:
-        try:
-            return self._cache.sweep()
-        except CacheError as error:
-            self._emit("warning", name, (0, 0), (0, 0), message=f"nothing was freed: {error}")
-            return 0
+    def _told(self, name: str, swept: Swept) -> int:
+        for doubt in swept.doubts:
+            self._emit("warning", name, (0, 0), (0, 0), message=doubt)
+        return swept.freed_bytes
 
     def _emit(
         self,
@@ -289,7 +293,7 @@ class Device:
             and store.root.exists()
             and store.root.samefile(self._cache.root)
         ):
-            raise ForeignFolder(f"{self.root}: the store that is pulled from; choose another folder for the cache")
+            raise NotOurs(f"{self.root}: the store that is pulled from; choose another folder for the cache")
         return self._cache.lock(self.lock_timeout_s)
 
     def _need_source(self) -> Source:

@@ -13,10 +13,14 @@ StorageError
         ├── NoSpace            the disk, quota or file-size limit is full
         ├── NotInstalled       the cache does not hold that model (or no version to go back to)
         ├── CacheBusy          another process works on this cache
-        └── ForeignFolder      the folder is a store's or somebody's, or a link stands in it: not a cache's to change
+        └── NotOurs            the folder is a store's or somebody's, or a link stands in it: not a cache's to change
 """
 
+import errno
+
 from storage.errors import StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DeviceError(StorageError):
@@ -74,7 +78,7 @@ class NotInstalled(CacheError):
     """The cache does not hold the model, or no version to go back to."""
 
 
-class ForeignFolder(CacheError):
+class NotOurs(CacheError):
     """The folder is not a cache's to change: somebody's files, a store, or a link in the place of a folder."""
 
 

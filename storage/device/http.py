@@ -6,7 +6,6 @@ and 14.2) and believes no answer: range, entity tag and whole length are compare
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
 from storage.device.source import Body
+from storage.document import parse_json
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -159,9 +159,9 @@ class UrlIndex:
 
     def _read(self) -> dict[str, str]:
         try:
-            document = json.loads(self.load())
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"the index of presigned URLs is not JSON: {_line(error)}", retryable=False) from error
+            document = parse_json(self.load())
+        except ValueError as error:
+            raise SourceError(f"the index of presigned URLs is not JSON: {error}", retryable=False) from error
         urls = document.get("urls") if isinstance(document, dict) else None
         if not isinstance(urls, dict) or not all(isinstance(url, str) for url in urls.values()):
             raise SourceError('the index of presigned URLs is not {"urls": {key: url}}', retryable=False)

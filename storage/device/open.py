@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage.device.cache import disk_errors
+from storage.device.files import disk_errors
 from storage.device.http import HttpClient, HttpSource, PresignedSource, UrlIndex
 from storage.device.source import Documents, Source, StoreSource
 from storage.stores.uri import open_store

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from storage.device.errors import ForeignFolder
+from storage.device.errors import FULL, NotOurs
+from storage.device.files import FILE_MODE, check_folder, is_file
 from storage.layout import BLOB_KEY, CACHE_MARKER, MODEL_NAME
 from storage.stores.blob_store import is_key
 
@@ -83,39 +84,28 @@ def claim(root: Path) -> None:
     check(root)
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     try:
-        os.close(os.open(root / CACHE_MARKER, flags, 0o644))
+        os.close(os.open(root / CACHE_MARKER, flags, FILE_MODE))
     except FileExistsError:
         return
+    except OSError as error:
+        if error.errno not in FULL:  # a full disk is freed first; the next one to hold the lock marks it
+            raise
 
 
 def check(root: Path) -> None:
-    """Raise ``ForeignFolder`` where ``root`` is neither empty, nor a cache, nor absent; nothing is written."""
+    """Raise ``NotOurs`` where ``root`` is neither empty, nor a cache, nor absent; nothing is written."""
     if root.is_symlink() and not root.exists():
-        raise ForeignFolder(f"{root}: a link to {os.readlink(root)!r}, which is not there; make that folder first")
+        raise NotOurs(f"{root}: a link to {os.readlink(root)!r}, which is not there; make that folder first")
     if not root.exists():
         return
     if not root.is_dir():
-        raise ForeignFolder(f"{root}: a file; a cache is a folder: choose another one")
+        raise NotOurs(f"{root}: a file; a cache is a folder: choose another one")
     if (published := _published(root)) is not None:
-        raise ForeignFolder(f"{root}: a store is published here ({published}); choose another folder for the cache")
+        raise NotOurs(f"{root}: a store is published here ({published}); choose another folder for the cache")
     for name in _FIXED_FOLDERS:
         check_folder(root, root / name)
-    if not _is_file(root / CACHE_MARKER) and (foreign := _foreign(root)) is not None:
-        raise ForeignFolder(
-            f"{root}: neither empty nor a cache (it holds {foreign!r}); choose an empty folder for the cache"
-        )
-
-
-def check_folder(root: Path, folder: Path) -> None:
-    """Raise ``ForeignFolder`` where a link or file stands in the place of a folder between ``root`` and ``folder``."""
-    for path in [*reversed(folder.relative_to(root).parents), folder.relative_to(root)][1:]:
-        try:
-            mode = os.lstat(root / path).st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISDIR(mode):
-            what = "link" if stat.S_ISLNK(mode) else "file"
-            raise ForeignFolder(f"{root / path}: a {what} where a cache has a folder; remove it and try again")
+    if not is_file(root / CACHE_MARKER) and (foreign := _foreign(root)) is not None:
+        raise NotOurs(f"{root}: neither empty nor a cache (it holds {foreign!r}); choose an empty folder for the cache")
 
 
 def _foreign(root: Path) -> str | None:
@@ -155,11 +145,3 @@ def _kind(name: str, mode: int, path: str) -> Kind | None:
     if stat.S_ISLNK(mode) and kind == "trust" and name.endswith("/root.json"):
         return kind if _ROOT_LINK.fullmatch(os.readlink(path)) else None
     return kind if stat.S_ISREG(mode) else None
-
-
-def _is_file(path: Path) -> bool:
-    """Tell whether there is a file, itself and not a link to one."""
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False

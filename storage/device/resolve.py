@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from storage.device.errors import SourceNotFound
 from storage.device.source import Documents
 from storage.digest import digest_bytes
+from storage.document import parse_record
 from storage.errors import Corrupt, InvalidManifest, VersionDeleted
 from storage.layout import manifest_key, tag_key
 from storage.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -68,11 +69,11 @@ def _read_tag(documents: Documents, name: str, tag: str) -> TagRecord:
     key = tag_key(name, tag)
     try:
         raw = documents.read(key, max_bytes=_MAX_TAG_BYTES)
-        record = TagRecord.model_validate_json(raw)
+        record = parse_record(raw, TagRecord)
     except SourceNotFound as error:
         raise SourceNotFound(f"{name} has no tag {tag!r} here; 'nestquant ls' shows what there is") from error
     except ValueError as error:
-        raise InvalidManifest(f"{key}: not a tag: {str(error).splitlines()[0]}", key=key) from error
+        raise InvalidManifest(f"{key}: not a tag: {error}", key=key) from error
     if record.name != name:
         raise InvalidManifest(f"{key}: is a tag of {record.name!r}, expected {name!r}", key=key)
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from storage.device.cache import Cache, disk_errors
-from storage.device.errors import ContentError
+from storage.device.cache import Cache
+from storage.device.errors import CacheError, ContentError
+from storage.device.files import disk_errors, is_file, make_folder, open_file, read_file
 from storage.manifest import Descriptor
 
 _BLOCK_BYTES = 1 << 18
+_MAX_ETAG_BYTES = 8192
 
 
 class Staged:
@@ -30,14 +33,23 @@ class Staged:
             while block := file.read(_BLOCK_BYTES):
                 self._hasher.update(block)
                 self.have += len(block)
-            self.etag = (self._etag_path.read_text() or None) if self.have and self._etag_path.exists() else None
+            self.etag = self._read_etag() if self.have else None
 
     def served_under(self, etag: str | None) -> None:
         """Remember the entity tag of the bytes that follow."""
         if etag != self.etag:
-            with disk_errors(str(self._etag_path)):
-                self._etag_path.write_text(etag or "")
+            with disk_errors(str(self._etag_path)), open_file(self._etag_path) as file:
+                file.truncate()
+                file.write((etag or "").encode())
             self.etag = etag
+
+    def _read_etag(self) -> str | None:
+        """Return the tag that was kept; None where there is none, or what is there is none."""
+        if not is_file(self._etag_path):
+            return None
+        with contextlib.suppress(UnicodeDecodeError, CacheError):
+            return read_file(self._etag_path, max_bytes=_MAX_ETAG_BYTES).decode() or None
+        return None
 
     def restart(self) -> None:
         """Forget every byte."""
@@ -73,8 +85,7 @@ def staging(cache: Cache, blob: Descriptor) -> Iterator[Staged]:
     """Open what is staged of ``blob``, empty where there is nothing."""
     path = cache.part_path(blob.digest)
     with disk_errors(str(path)):
-        cache.make_folder(path.parent)
-        path.touch()
-        file = path.open("r+b", buffering=0)
+        make_folder(cache.root, path.parent)
+        file = open_file(path)
     with file:
         yield Staged(file, path, blob)

@@ -23,10 +23,11 @@ from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from typing_extensions import override
 
-from storage.device.cache import disk_errors
 from storage.device.errors import SourceDenied, SourceNotFound, Untrusted
+from storage.device.files import disk_errors
 from storage.device.resolve import Release, parse_release, parse_version, read_manifest
 from storage.device.source import Documents
+from storage.document import parse_json
 from storage.layout import manifest_key
 from storage.signing.metadata import (
     MAX_SNAPSHOT_BYTES,
@@ -185,9 +186,8 @@ def _check_clock(folder: Path, name: str) -> None:
 
 def _model_of(data: bytes) -> object:
     try:
-        document = json.loads(data)
-        return document["signed"].get(MODEL_FIELD)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return parse_json(data)["signed"].get(MODEL_FIELD)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

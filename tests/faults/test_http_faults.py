@@ -11,7 +11,7 @@ import pytest
 
 from storage.device import Device, HttpClient, HttpSource, Moved, Pace, Retry
 from storage.device.errors import DeviceError, GaveUp, SourceDenied, SourceError
-from storage.layout import blob_key
+from storage.layout import CACHE_MARKER, blob_key
 from storage.manifest import Manifest
 from tests.faults import proxy as fault
 from tests.faults.conftest import Origin
@@ -244,6 +244,7 @@ def test_416_at_completion_is_never_asked_for(origin: Origin, manifest: Manifest
     device = make()
     part = Path(device.root) / "staging" / f"{blob.digest[7:]}.part"
     part.parent.mkdir(parents=True)
+    (Path(device.root) / CACHE_MARKER).touch()
     part.write_bytes(origin.store.get(shard_of(manifest)))
     moved = device.pull("net")
     whole(device, manifest)
@@ -257,6 +258,7 @@ def test_staged_bytes_are_hashed_first(origin: Origin, manifest: Manifest, make:
     device = make()
     part = Path(device.root) / "staging" / f"{blob.digest[7:]}.part"
     part.parent.mkdir(parents=True)
+    (Path(device.root) / CACHE_MARKER).touch()
     part.write_bytes(content("rubbish", blob.size_bytes + extra if extra else 1_000))
     device.pull("net")
     whole(device, manifest)

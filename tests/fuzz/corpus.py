@@ -130,7 +130,7 @@ def shards() -> dict[str, Hostile]:
         "a number of 100,000 digits": Hostile(join('{"a":' + "9" * 100_000 + "}", b""), "header is not JSON"),
         "a key twice": Hostile(join('{"a":1,"a":2}', b""), "a key stands twice"),
         "NaN as an offset": Hostile(
-            edited(lambda h: h[INTEGERS].update(data_offsets=[0, float("nan")])), "are not lists of sizes"
+            edited(lambda h: h[INTEGERS].update(data_offsets=[0, float("nan")])), "NaN is no number of JSON"
         ),
         "metadata that is a list": Hostile(edited(lambda h: h.update(__metadata__=[])), "__metadata__ is not a map"),
         "metadata of numbers": Hostile(edited(lambda h: h.update(__metadata__={"a": 1})), "__metadata__ is not a map"),

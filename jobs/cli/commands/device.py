@@ -96,7 +96,7 @@ def downgrade(
 
     Works offline.
     """
-    device = _device(cache)
+    device = _device(cache, quiet=as_json)
     _report(device, device.downgrade(name, level), as_json=as_json)
 
 
@@ -115,7 +115,7 @@ def verify(
     """
     from storage.device.errors import ContentError
 
-    result = _device(cache).verify(name, discard=discard)
+    result = _device(cache, quiet=as_json).verify(name, discard=discard)
     if as_json:
         print_json(asdict(result) | {"whole": result.whole})
     else:
@@ -134,13 +134,13 @@ def rollback(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False)
 
     Works offline.
     """
-    device = _device(cache)
+    device = _device(cache, quiet=as_json)
     _report(device, device.rollback(name), as_json=as_json)
 
 
 def remove(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False) -> None:
     """Delete a model from the device's folder; shards that another model shares stay."""
-    freed = _device(cache).remove(name)
+    freed = _device(cache, quiet=as_json).remove(name)
     if as_json:
         print_json({"name": name, "freed_bytes": freed})
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storage.device import Device, Event, StoreSource
-from storage.device.errors import ForeignFolder, NotInstalled
+from storage.device.errors import NotInstalled, NotOurs
 from storage.errors import BadStoreURI
 from storage.layout import CACHE_MARKER
 from storage.registry import Registry
@@ -89,12 +89,10 @@ def test_a_folder_with_files_of_others_is_refused_and_stays(device: Device, name
     folder = Path(device.root)
     plant(folder, [name])
     before = tree(folder)
-    with pytest.raises(
-        ForeignFolder, match=r"cache: neither empty nor a cache \(it holds .*\); choose an empty folder"
-    ):
+    with pytest.raises(NotOurs, match=r"cache: neither empty nor a cache \(it holds .*\); choose an empty folder"):
         device.pull("net")
     for call in everything(device)[1:]:
-        with pytest.raises((ForeignFolder, NotInstalled)):
+        with pytest.raises((NotOurs, NotInstalled)):
             call()
     assert tree(folder) == before
 
@@ -116,15 +114,15 @@ def test_a_store_is_no_cache(store: LocalStore) -> None:
     before = tree(store.root)
     device = Device(store.root, StoreSource(store), unsigned=True)
     for call in everything(device):
-        with pytest.raises((ForeignFolder, NotInstalled)) as caught:
+        with pytest.raises((NotOurs, NotInstalled)) as caught:
             call()
         assert "\n" not in str(caught.value)
-    with pytest.raises(ForeignFolder, match="a store is published here"):
+    with pytest.raises(NotOurs, match="a store is published here"):
         Device(store.root, StoreSource(MemoryStore()), unsigned=True).pull("net")
     # neither with a marker that got there by a copy
     (store.root / CACHE_MARKER).write_bytes(b"")
     for call in everything(device):
-        with pytest.raises((ForeignFolder, NotInstalled)):
+        with pytest.raises((NotOurs, NotInstalled)):
             call()
     (store.root / CACHE_MARKER).unlink()
     assert tree(store.root) == before
@@ -136,7 +134,7 @@ def test_a_store_with_nothing_published_yet_is_no_cache(tmp_path: Path, store: L
     Registry(half).put_blob(b"shard", "x")
     for extra in (half.root / ".tmp", half.root / "blobs"):  # with the folder of temporary files, and without
         before = tree(half.root)
-        with pytest.raises(ForeignFolder):
+        with pytest.raises(NotOurs):
             Device(half.root, StoreSource(store), unsigned=True).pull("net")
         assert tree(half.root) == before
         if extra.name == ".tmp":
@@ -148,7 +146,7 @@ def test_a_store_with_nothing_published_yet_is_no_cache(tmp_path: Path, store: L
 def test_the_folder_that_is_pulled_from_is_not_claimed(tmp_path: Path) -> None:
     empty = LocalStore(tmp_path / "both")
     empty.root.mkdir()
-    with pytest.raises(ForeignFolder, match="the store that is pulled from"):
+    with pytest.raises(NotOurs, match="the store that is pulled from"):
         Device(empty.root, StoreSource(empty), unsigned=True).pull("net")
     assert tree(empty.root) == {}
     publish(empty)
@@ -222,7 +220,7 @@ def test_links_are_never_followed(device: Device, tmp_path: Path, link: str) -> 
     (folder / link).symlink_to(elsewhere)
     before = tree(elsewhere)
     for call in everything(device):
-        with contextlib.suppress(ForeignFolder, NotInstalled):
+        with contextlib.suppress(NotOurs, NotInstalled):
             call()
     assert tree(elsewhere) == before
     assert (folder / link).is_symlink()
@@ -235,7 +233,7 @@ def test_a_link_in_the_way_is_named(device: Device, tmp_path: Path, link: str) -
     if (folder / link).exists():
         (folder / link).rename(tmp_path / "elsewhere")
     (folder / link).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ForeignFolder, match=rf"cache/{link}: a link where a cache has a folder"):
+    with pytest.raises(NotOurs, match=rf"cache/{link}: a link where a cache has a folder"):
         device.pull("net", "2")
 
 
@@ -246,7 +244,7 @@ def test_the_cache_itself_may_be_a_link(device: Device, tmp_path: Path) -> None:
     assert device.verify("net").whole
     Path(device.root).unlink()
     Path(device.root).symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ForeignFolder, match=r"cache: a link to .*nowhere', which is not there"):
+    with pytest.raises(NotOurs, match=r"cache: a link to .*nowhere', which is not there"):
         device.pull("net")
 
 
