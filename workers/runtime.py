@@ -1,4 +1,8 @@
-"""A network that runs from a pulled version: built by name, its weights taken from shards, part-bit or full-bit."""
+"""A network that runs from a pulled version: built by name, its weights taken from shards, part-bit or full-bit.
+
+Every file is opened once, read whole and hashed before a byte of it is used. A level is decoded and checked for every
+layer before the first layer takes it, so that a network runs at one level or at another, never at a mixture.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,8 @@ from nestquant.nested_weight import Residency
 from nestquant.observers import ActivationQParams
 from nestquant.packing import pack, unpack
 from nestquant.surgery import channel_first_shape, find_layers, replace
+from storage.errors import Damaged
+from storage.files import open_regular, read_verified
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
 from workers.errors import ArtifactError, shown
@@ -30,13 +36,15 @@ BlobPath = Callable[[Descriptor], Path]
 class NestedModel:
     """A network and where its shards lie.
 
-    ``upgrade`` and ``downgrade`` page levels in and out, one shard decoded at a time.
+    ``upgrade`` and ``downgrade`` page levels in and out, one shard decoded at a time. ``verify=False`` takes the files
+    as they are: for whoever has hashed them just now.
     """
 
     network: nn.Module
     manifest: Manifest
     blob_path: BlobPath
     level: int = 0
+    verify: bool = True
 
     def layers(self) -> Iterator[tuple[LayerRecord, NestedLayer]]:
         """Yield each quantized layer's record and its module, in execution order."""
@@ -51,30 +59,29 @@ class NestedModel:
     def upgrade(self, level: int | None = None) -> None:
         """Page in the low shards up to ``level`` (default: all).
 
-        Where one does not fit, the network is back where it was.
+        Whatever goes wrong, and wherever, the network runs at the level at which it ran before.
 
         Raises:
-                    ArtifactError: a shard lacks a layer, or its integers do not belong to the levels below.
-                    storage.StorageError: a shard is not here, or is not one.
+            ArtifactError: a shard is not here, lacks a layer, or its integers do not belong to the levels below.
+            storage.StorageError: a shard is damaged, or is not one.
         """
         before = self.level
+        blobs = _Blobs(self.manifest, self.blob_path, verify=self.verify)
         try:
             for step in range(before + 1, (self.manifest.level_count() if level is None else level + 1)):
-                for record, packed in _packed_level(self.manifest, self.blob_path, step):
-                    self._nested(record).page_in(packed)
+                # All of the level first: what is taken below is in memory, and was checked.
+                ready = [(self._nested(record), packed) for record, packed in self._checked_level(blobs, step)]
+                for layer, part in ready:
+                    layer.nested.accept(part)
                 self.level = step
-        except ValueError as error:
-            self.level = self.manifest.level_count() - 1
-            self.downgrade(before)
-            raise ArtifactError(
-                f"{self.manifest.name} version {self.manifest.version}: a low shard does not fit: {error}"
-            ) from error
+        except BaseException:
+            self._page_out(before)
+            self.level = before
+            raise
 
     def downgrade(self, level: int = 0) -> None:
         """Page out the low shards above ``level``; their memory is free afterwards."""
-        for record, module in self.layers():
-            while module.nested.level_count - 1 > min(level, len(record.bits) - 1):
-                module.page_out()
+        self._page_out(level)
         self.level = min(self.level, level)
 
     def to_level(self, level: int) -> None:
@@ -99,6 +106,21 @@ class NestedModel:
                 activation_qparams(record.activation) if enabled and record.activation is not None else None
             )
 
+    def _checked_level(self, blobs: _Blobs, level: int) -> Iterator[tuple[LayerRecord, torch.Tensor]]:
+        for record, packed in _packed_level(self.manifest, blobs, level):
+            try:
+                yield record, self._nested(record).nested.check_next(packed)
+            except ValueError as error:
+                raise ArtifactError(
+                    f"{self.manifest.name} version {self.manifest.version}: layer {record.name!r}: a low shard does "
+                    f"not fit: {error}"
+                ) from error
+
+    def _page_out(self, level: int) -> None:
+        for record, module in self.layers():
+            while module.nested.level_count - 1 > min(level, len(record.bits) - 1):
+                module.page_out()
+
     def _nested(self, record: LayerRecord) -> NestedLayer:
         module = self.network.get_submodule(record.name)
         assert isinstance(module, NestedLayer)
@@ -110,23 +132,58 @@ def activation_qparams(record: ActivationRange) -> ActivationQParams:
     return ActivationQParams(low=record.low, high=record.high, bits=record.bits, signed=record.signed)
 
 
-def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: Residency = "packed") -> NestedModel:
+@dataclass(frozen=True)
+class _Blobs:
+    """The files of one version, each read whole and, unless the caller has done it, hashed."""
+
+    manifest: Manifest
+    blob_path: BlobPath
+    verify: bool
+
+    def read(self, blob: Descriptor) -> bytes:
+        """Return a blob's bytes; the errors say which file it is and what brings it anew."""
+        where, path = f"{self.manifest.name} version {self.manifest.version}", self.blob_path(blob)
+        try:
+            if self.verify:
+                return read_verified(path, digest=blob.digest, size_bytes=blob.size_bytes)
+            with open_regular(path) as file:
+                return file.read()
+        except Damaged as error:
+            raise Damaged(
+                f"{where}: {error}; pull or upgrade it again: what is damaged comes anew", key=blob.digest
+            ) from error
+        except OSError as error:
+            raise ArtifactError(
+                f"{where}: cannot read {path}: {error.strerror or error}; pull or upgrade it again."
+            ) from error
+
+
+def load(
+    manifest: Manifest,
+    blob_path: BlobPath,
+    *,
+    level: int = 0,
+    residency: Residency = "packed",
+    verify: bool = True,
+) -> NestedModel:
     """Build the network of a version and page in its shards up to ``level``.
 
     Args:
         manifest: the version, as resolved and trusted by the caller.
-        blob_path: gives the local file of a verified blob.
+        blob_path: gives the local file of a blob.
         level: 0 runs part-bit; ``manifest.level_count() - 1`` runs full-bit.
         residency: ``packed`` keeps packed integers and unpacks on each use; ``expanded`` keeps weights ready.
+        verify: hash every file as it is read; False takes the files as they are, now and in later upgrades.
 
     Raises:
-        ArtifactError: a tensor is missing, too many, or has the wrong length.
-        storage.StorageError: a shard is not here, or is not one.
+        ArtifactError: a file is not here; a tensor is missing, too many, or has the wrong length.
+        storage.StorageError: a file is damaged, or is no shard.
     """
     network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
-    _load_base(network, manifest, blob_path)
+    blobs = _Blobs(manifest, blob_path, verify=verify)
+    _load_base(network, manifest, blobs)
     grids: dict[str, _Grid] = {}
-    for record, packed in _packed_level(manifest, blob_path, 0, grids):
+    for record, packed in _packed_level(manifest, blobs, 0, grids):
         module, grid = network.get_submodule(record.name), grids.pop(record.name)
         try:
             nested = from_packed(
@@ -142,15 +199,15 @@ def load(manifest: Manifest, blob_path: BlobPath, *, level: int = 0, residency: 
                 f"{manifest.name} version {manifest.version}: layer {record.name!r}: {error}"
             ) from error
         replace(network, record.name, nested)
-    model = NestedModel(network.eval(), manifest, blob_path)
+    model = NestedModel(network.eval(), manifest, blob_path, verify=verify)
     model.upgrade(level)
     return model
 
 
-def _load_base(network: nn.Module, manifest: Manifest, blob_path: BlobPath) -> None:
+def _load_base(network: nn.Module, manifest: Manifest, blobs: _Blobs) -> None:
     state: dict[str, torch.Tensor] = {}
     for descriptor in manifest.base:
-        tensors = read_base(blob_path(descriptor))
+        tensors = read_base(blobs.read(descriptor))
         state |= {name: torch.from_numpy(array) for name, array in tensors.items()}
     try:
         missing, unexpected = network.load_state_dict(state, strict=False)
@@ -178,14 +235,14 @@ class _Grid:
 
 
 def _packed_level(
-    manifest: Manifest, blob_path: BlobPath, level: int, grids: dict[str, _Grid] | None = None
+    manifest: Manifest, blobs: _Blobs, level: int, grids: dict[str, _Grid] | None = None
 ) -> Iterator[tuple[LayerRecord, UInt8Array]]:
     """Yield every layer that has this level with its packed integers; shards are opened one after the other, in
     order.
 
     With level 0 comes each layer's grid, set in ``grids`` before the layer is yielded.
     """
-    shards = _ShardCursor(manifest, blob_path, level)
+    shards = _ShardCursor(manifest, blobs, level)
     for record in manifest.layers:
         if level >= len(record.bits):
             continue
@@ -216,13 +273,13 @@ def _packed_level(
 class _ShardCursor:
     """Holds the one shard that is being read: layers stand in execution order, and so do their pieces."""
 
-    def __init__(self, manifest: Manifest, blob_path: BlobPath, level: int) -> None:
-        self.manifest, self.blob_path, self.level = manifest, blob_path, level
+    def __init__(self, manifest: Manifest, blobs: _Blobs, level: int) -> None:
+        self.manifest, self.blobs, self.level = manifest, blobs, level
         self.group = -1
         self.shard: Shard | None = None
 
     def at(self, group: int) -> Shard:
         if self.shard is None or group != self.group:
-            self.shard = read_shard(self.blob_path(self.manifest.groups[group].levels[self.level]))
+            self.shard = read_shard(self.blobs.read(self.manifest.groups[group].levels[self.level]))
             self.group = group
         return self.shard

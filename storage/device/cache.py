@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,8 +134,13 @@ class Cache:
 
     def holds(self, descriptor: Descriptor) -> bool:
         """Tell whether the blob is there in its full length (its SHA-256 was checked before it got its name)."""
-        path = self.blob_path(descriptor.digest)
-        return is_file(path) and path.stat().st_size == descriptor.size_bytes
+        try:
+            seen = self.blob_path(descriptor.digest).stat(
+                follow_symlinks=False
+            )  # once: another process may take it away between two looks
+        except OSError:
+            return False
+        return stat.S_ISREG(seen.st_mode) and seen.st_size == descriptor.size_bytes
 
     def state(self, name: str) -> State:
         """Read a model's state; an empty one when the cache does not know the model."""
