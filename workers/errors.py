@@ -110,3 +110,19 @@ def shown(names: Sequence[str], *, most: int = 6) -> str:
     """Return the names as a list for one line of text, the rest counted."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def printable(text: str, *, most: int = 300) -> str:
+    """Return text that fits into one line of a message: no control characters, no halves of characters, cut short."""
+    clean = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return clean if len(clean) <= most else f"{clean[:most]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """Return ``Kind: what it says`` in one line, for an error that somebody else's code raised."""
+    try:
+        text = str(error).strip()
+    except Exception:  # an error whose own text fails is still an error of its kind
+        text = ""
+    kind = type(error).__name__
+    return f"{kind}: {printable(text.splitlines()[0])}" if text else kind

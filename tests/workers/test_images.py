@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from workers.errors import DataError
-from workers.inputs.images import open_images, to_input
+from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
+from workers.inputs.pixels import to_input
 
 PLAIN = Preprocessing(size=8, resize=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

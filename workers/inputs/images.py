@@ -20,10 +20,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from workers.errors import DataError
+from workers.errors import DataError, printable
 from workers.inputs.networks import Preprocessing
+from workers.inputs.pixels import ImageFault, decode, image_boundary, to_input
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
@@ -56,18 +57,22 @@ class ImageSet:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``(images, labels)``: float32 (B, C, S, S) contiguous and int64 (B,), labels -1 where there are none.
 
-        An image that cannot be read is left out and noted in ``skipped``; it is never replaced.
+        An image that cannot be used is left out and noted in ``skipped``; it is never replaced.
+
+        Raises:
+            DataError: the machine cannot read an image now; it is not left out, as another machine would use it.
         """
         last = len(self) if stop is None else min(stop, len(self))
         for begin in range(start, last, batch_size):
             images, labels = [], []
             for index in range(begin, min(begin + batch_size, last)):
+                name = printable(self.names[index])
                 try:
-                    image = self.reader.load(index)
-                except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-                    self.skipped.append((self.names[index], f"{type(error).__name__}: {error}"))
+                    with image_boundary(name):
+                        images.append(to_input(self.reader.load(index), preprocessing))
+                except ImageFault as fault:
+                    self.skipped.append((name, str(fault)))
                     continue
-                images.append(to_input(image, preprocessing))
                 labels.append(-1 if self.labels is None else self.labels[index])
             if images:
                 yield torch.stack(images), torch.tensor(labels, dtype=torch.int64)
@@ -135,30 +140,6 @@ def open_images(path: str | Path) -> ImageSet:
         raise DataError(f"{path} is neither a folder, an .npz nor a tar ({error}).") from error
 
 
-def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Turn one image into float32 (C, S, S), normalised; C follows from the number of means."""
-    channels = len(preprocessing.mean)
-    image = image.convert("L" if channels == 1 else "RGB")
-    short = min(image.size)
-    target = max(preprocessing.size, min(short, preprocessing.resize or short))
-    if short != target:
-        factor = target / short
-        size = (
-            max(preprocessing.size, round(image.width * factor)),
-            max(preprocessing.size, round(image.height * factor)),
-        )
-        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
-    # As torchvision's CenterCrop: an odd margin's half goes to the nearest even offset.
-    left, top = round((image.width - preprocessing.size) / 2), round((image.height - preprocessing.size) / 2)
-    image = image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
-    pixels = np.asarray(image, dtype=np.float32).reshape(preprocessing.size, preprocessing.size, channels) / np.float32(
-        255
-    )
-    mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
-    normalised = (pixels - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
-
-
 class _Chosen:
     def __init__(self, reader: _Reader, chosen: Sequence[int]) -> None:
         self.reader, self.chosen = reader, chosen
@@ -185,9 +166,8 @@ class _Folder:
         self.files = files
 
     def load(self, index: int) -> Image.Image:
-        with Image.open(self.files[index]) as image:
-            image.load()
-            return image
+        with self.files[index].open("rb") as stream:
+            return decode(stream)
 
 
 class _Tar:
@@ -200,10 +180,8 @@ class _Tar:
     def load(self, index: int) -> Image.Image:
         stream = self.archive.extractfile(self.members[index])
         if stream is None:
-            raise ValueError("not a regular file")
-        with Image.open(io.BytesIO(stream.read())) as image:
-            image.load()
-            return image
+            raise ImageFault("not a regular file")
+        return decode(stream)
 
 
 def _open_npz(path: Path) -> ImageSet:

@@ -1,0 +1,168 @@
+"""One image file's bytes to one input: decoded, turned upright, brought to 8 bits a channel, cut and normalised.
+
+The only place where images are decoded. Whatever a file makes the decoders raise ends as one line about that file
+(`ImageFault`); what is the machine's trouble, not the file's, ends the task (`DataError`).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from workers.errors import DataError, one_line
+from workers.inputs.networks import Preprocessing
+
+MAX_ENLARGED_PIXELS = 2**26
+"""Pixels of an enlarged image, at most (200 MB): a strip of 1 x 100,000 pixels would grow to 224 x 22,400,000."""
+
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are tried, whatever a file is called. Pillow knows more; some of them start other programs (EPS)."""
+
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
+"""Modes of 8 bits a channel or less, which Pillow converts to RGB and L as torchvision does: transparency is dropped.
+
+Pillow reads 16 bits a channel in colour as the high byte, in these modes.
+"""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by its EXIF orientation. `ImageOps.exif_transpose` also writes the EXIF anew, which
+fails where that is damaged elsewhere."""
+
+_ORIENTATION = 0x0112
+_PHOTOMETRIC = 262
+_LEAST_16_BIT = 4096
+
+_MACHINE_TROUBLE = frozenset(
+    {
+        errno.EIO,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ESTALE,
+        errno.EINTR,
+        errno.EAGAIN,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EREMOTEIO,
+    }
+)
+"""Errors that come and go with the machine: to leave an image out for one would give other results elsewhere."""
+
+
+class ImageFault(Exception):
+    """One image cannot be used; the message says why in one line."""
+
+
+@contextmanager
+def image_boundary(name: str) -> Iterator[None]:
+    """Turn whatever is raised inside into one line.
+
+    Raises:
+        ImageFault: the image is at fault.
+        DataError: the machine is: no memory, no more open files, a disk or mount that fails; it names the image.
+    """
+    try:
+        yield
+    except (ImageFault, DataError):
+        raise
+    except UnidentifiedImageError as error:  # its own text ends with an address in memory
+        raise ImageFault("UnidentifiedImageError: no image of a format known here") from error
+    except Exception as error:
+        machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE)
+        if machine:
+            raise DataError(f"Image {name} cannot be read on this machine: {one_line(error)}; try again.") from error
+        raise ImageFault(one_line(error)) from error
+
+
+def decode(stream: IO[bytes]) -> Image.Image:
+    """Return the first frame, upright, in one of Pillow's modes of 8 bits a channel.
+
+    Raises:
+        ImageFault: its mode has no known scale (`to_8_bits`).
+        Exception: whatever Pillow's decoders raise; see ``image_boundary``.
+    """
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    with Image.open(stream, formats=formats) as image:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        plain = to_8_bits(image)
+    return plain if turn is None else plain.transpose(turn)
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits a channel: itself, or 16-bit grey by its high byte, as Pillow does for 16-bit colour.
+
+    Raises:
+        ImageFault: 32-bit integers, floats and the like, whose black and white are not known, and 16-bit grey that uses
+            so little of its range that they are not.
+    """
+    if image.mode in _PLAIN_MODES:
+        return image
+    # A PGM of more than 8 bits comes as 32-bit integers, scaled to 16 bits by its own header.
+    if not image.mode.startswith("I;16") and (image.mode, image.format) != ("I", "PPM"):
+        raise ImageFault(f"mode {image.mode}: which values are black and white is not known; save it with 8 bits")
+    if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        raise ImageFault("16-bit TIFF in which zero is white: save it with 8 bits")
+    values = np.asarray(image)
+    highest = int(values.max(initial=0))
+    if 0 < highest < _LEAST_16_BIT:
+        raise ImageFault(
+            f"mode {image.mode}: the highest of its 16-bit values is {highest}, so that fewer bits are in use, and how "
+            "many is not known; save it with 8 bits"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Turn one image into float32 (C, S, S), normalised; C follows from the number of means.
+
+    Raises:
+        ImageFault: the image is so narrow that it would have to be enlarged beyond all bounds.
+    """
+    channels = len(preprocessing.mean)
+    image = image.convert("L" if channels == 1 else "RGB")
+    short = min(image.size)
+    target = max(preprocessing.size, min(short, preprocessing.resize or short))
+    if short != target:
+        factor = target / short
+        size = (
+            max(preprocessing.size, round(image.width * factor)),
+            max(preprocessing.size, round(image.height * factor)),
+        )
+        if factor > 1 and size[0] * size[1] > MAX_ENLARGED_PIXELS:
+            raise ImageFault(f"{image.width} x {image.height} pixels would be enlarged to {size[0]} x {size[1]}")
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    # As torchvision's CenterCrop: an odd margin's half goes to the nearest even offset.
+    left, top = round((image.width - preprocessing.size) / 2), round((image.height - preprocessing.size) / 2)
+    image = image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    pixels = np.asarray(image, dtype=np.float32).reshape(preprocessing.size, preprocessing.size, channels) / np.float32(
+        255
+    )
+    mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
+    normalised = (pixels - mean) / std
+    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, where there is none or it cannot be read: the pixels can."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF raises anything; it says nothing about the pixels
+        return 1
