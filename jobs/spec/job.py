@@ -34,14 +34,16 @@ class Section(BaseModel):
 class ModelSpec(Section):
     """Which network, and where its weights come from.
 
-    ``checkpoint`` is a .safetensors, .pth or .pt (a path or an s3:// URI); ``pretrained`` lets the library download its
-    own; ``random_seed`` takes the architecture's own initialisation.
+    ``checkpoint`` is a .safetensors, or what torch.save wrote (a path or an s3:// URI); ``weights`` says which are
+    meant where it holds both averaged ones (``ema``, the default there) and the model's own (``model``); ``pretrained``
+    lets the library download its own; ``random_seed`` takes the architecture's own initialisation.
     """
 
     library: Literal["timm", "pytorchcv"]
     arch: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str | None = None
+    weights: Literal["ema", "model"] | None = None
     pretrained: bool = False
     random_seed: int | None = Field(
         default=None, description="random weights from this seed: for size tables and load tests"
@@ -52,6 +54,8 @@ class ModelSpec(Section):
         given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
         if sum(given) != 1:
             raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
+        if self.weights is not None and self.checkpoint is None:
+            raise ValueError("'weights' says which of a checkpoint's; give 'checkpoint', or leave it out")
         return self
 
 

@@ -20,7 +20,8 @@ from workers.errors import Need
 from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.inputs import networks
-from workers.inputs.checkpoint import check_fit, fetch, to_safetensors
+from workers.inputs.checkpoint import fetch, to_safetensors
+from workers.inputs.fit import Architecture, check_fit
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
@@ -81,15 +82,18 @@ def stage(
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
     """
+    found: tuple[str, ...] = ()
     if spec.checkpoint is None:
         made = _made(spec, network, folder, executor, registry)
         source, digest = made.source, made.digest
         tensors = check_fit(network, TensorReader(source))
     else:
-        path = to_safetensors(fetch(spec.checkpoint, folder), folder)
-        reader = TensorReader(TensorSource(None, str(path), name=spec.checkpoint))
-        tensors = check_fit(network, reader)
-        digest, source = _kept(path, reader, registry)
+        given = fetch(spec.checkpoint, folder)
+        weights = to_safetensors(given, folder, network.state_dict(), name=spec.checkpoint, choice=spec.weights)
+        reader = TensorReader(TensorSource(None, str(weights.path), name=spec.checkpoint))
+        tensors = check_fit(network, reader, Architecture(spec.library, spec.arch, spec.kwargs))
+        digest, source = _kept(weights.path, reader, registry)
+        found = weights.notes
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
     order, activation_bytes, notes = _order(spec, network, preprocessing)
     return StagedModel(
@@ -107,7 +111,7 @@ def stage(
         preprocessing=preprocessing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         activation_bytes=activation_bytes,
-        notes=notes,
+        notes=(*found, *notes),
     )
 
 

@@ -129,7 +129,11 @@ def test_a_mistake_is_one_line_and_an_exit_code(  # noqa: PLR0917 - pytest gives
         ("quantise.bits=[8,4]", 2, "unknown key 'quantise'. Did you mean 'quantize'?"),
         ("quantize.ignore=[nothing*]", 2, "matches none of the"),
         ("store.uri=/proc/nowhere", 1, "/proc/nowhere"),
-        ("model.kwargs={num_classes: 11, in_chans: 3}", 1, "2 shapes differ"),
+        (
+            "model.kwargs={num_classes: 11, in_chans: 3}",
+            1,
+            "the checkpoint has 10 classes; set kwargs: {num_classes: 10}",
+        ),
         ("nonsense", 2, "expected KEY=VALUE"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.cluster.request import request_digest, revision
 from jobs.errors import SpecError
 from jobs.spec.file import load_spec, parse_spec, with_changes
+from jobs.spec.job import METHOD_VERSION
+from storage.manifest import canonical_json
 
 Document = Callable[..., dict[str, Any]]
 
@@ -115,3 +119,28 @@ def test_identity_follows_what_is_asked_and_not_where_it_runs(tiny_document: Doc
     }
     assert len(changed) == 5
     assert reference not in changed
+
+
+def test_which_weights_of_a_checkpoint_is_a_key_that_changes_nothing_where_it_is_left_out(
+    tiny_document: Document,
+) -> None:
+    spec = parse_spec(tiny_document(), where="job.yaml")
+    given = parse_spec(tiny_document(model__weights="model"), where="job.yaml")
+    digest = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": None}
+    assert given.identity(**digest) == spec.identity(**digest)  # what was taken is in the source's digest
+    # The request's document, as releases before the key wrote it.
+    document = spec.model_dump(mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}})
+    document["method"] = METHOD_VERSION
+    document["model"] |= {"revision": revision(spec)}
+    del document["model"]["checkpoint"], document["model"]["weights"]
+    for section in ("calibration", "evaluate"):
+        document[section]["data"] = f"sha256:{hashlib.sha256(Path(document[section]['data']).read_bytes()).hexdigest()}"
+    assert request_digest(spec) == f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+    assert request_digest(given) != request_digest(spec)
+
+
+def test_which_weights_is_for_a_checkpoint_alone(tiny_document: Document) -> None:
+    message = told(tiny_document(model={"library": "timm", "arch": "test_resnet", "random_seed": 1, "weights": "ema"}))
+    assert "'weights' says which of a checkpoint's; give 'checkpoint', or leave it out" in message
+    message = told(tiny_document(model__weights="best"))
+    assert "'model.weights': Input should be 'ema' or 'model'. Seen: 'best'." in message

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typing_extensions import override
 
 from jobs.spec.job import ModelSpec, PreprocessSpec
@@ -86,6 +87,27 @@ def test_a_checkpoint_that_changes_while_it_is_staged_is_refused(tmp_path: Path)
     registry = Registry(Meddling(MemoryStore("meddled")))
     with pytest.raises(CheckpointError, match=r"w\.safetensors was written to while it was read; wait for its writer"):
         stage(spec, GREY, outline(spec), tmp_path, executor=InProcessExecutor(), registry=registry)
+
+
+def test_messages_and_notes_name_the_users_file(tmp_path: Path) -> None:
+    folder, mine = tmp_path / "scratch", tmp_path / "mine.pth"
+    folder.mkdir()
+    state = random_state("timm", "test_resnet", KWARGS, seed=0)
+    torch.save({"state_dict": state, "state_dict_ema": {name: tensor * 1 for name, tensor in state.items()}}, mine)
+    asked = {"library": "timm", "arch": "test_resnet", "checkpoint": str(mine)}
+    spec = ModelSpec.model_validate({**asked, "kwargs": KWARGS})
+    staged = stage(spec, GREY, outline(spec), folder, executor=InProcessExecutor(), registry=None)
+    assert staged.notes == (
+        f"{mine}: took the averaged weights in 'state_dict_ema'; 'model.weights: model' takes those in 'state_dict'.",
+    )
+    assert str(staged.network.source) == str(mine)
+    assert Path(staged.network.source.key).parent == folder
+    other = ModelSpec.model_validate({**asked, "kwargs": {"num_classes": 12, "in_chans": 1}, "weights": "model"})
+    with pytest.raises(CheckpointError) as caught:
+        stage(other, GREY, outline(other), folder, executor=InProcessExecutor(), registry=None)
+    assert str(caught.value) == (
+        f"{mine} does not fit the network: the checkpoint has 10 classes; set kwargs: {{num_classes: 10}}."
+    )
 
 
 def test_preprocessing_is_the_librarys_with_the_specs_on_top() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +11,8 @@ import torch
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError, ModelError
 from workers.inputs import networks
-from workers.inputs.checkpoint import (
-    check_fit,
-    fetch,
-    load_network,
-    random_state,
-    save_state,
-    stored_file,
-    to_safetensors,
-)
+from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file, to_safetensors
+from workers.inputs.fit import Architecture, check_fit
 from workers.inputs.tensors import TensorReader, TensorSource
 
 ARCH, KWARGS = "test_resnet", {"num_classes": 10}
@@ -39,21 +31,10 @@ def test_a_pickled_state_dict_is_unwrapped(
     state: dict[str, torch.Tensor], wrap: Callable[[object], object], prefix: str, tmp_path: Path
 ) -> None:
     torch.save(wrap({prefix + name: tensor for name, tensor in state.items()}), tmp_path / "weights.pth")
-    path = to_safetensors(tmp_path / "weights.pth", tmp_path)
+    path = to_safetensors(tmp_path / "weights.pth", tmp_path, tuple(state)).path
     network = load_network("timm", ARCH, KWARGS, TensorSource(None, str(path)))
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, ...]:
-            return (Path.touch, (tmp_path / "ran",))
-
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"w": Evil()}))
-    with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as a state dict with weights_only"):
-        to_safetensors(tmp_path / "evil.pth", tmp_path)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_the_same_state_gives_the_same_bytes(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -84,10 +65,65 @@ def test_missing_unexpected_and_wrong_are_listed(state: dict[str, torch.Tensor],
     assert "Did you mean 'conv1.0.weigth'?" in message
 
 
-def test_a_file_of_another_kind_and_a_missing_one_are_said(tmp_path: Path) -> None:
-    (tmp_path / "weights.onnx").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"weights\.onnx: expected a checkpoint ending in \.safetensors"):
-        to_safetensors(tmp_path / "weights.onnx", tmp_path)
+@pytest.mark.parametrize(
+    ("library", "arch", "built", "asked", "said"),
+    [
+        (
+            "timm",
+            "test_resnet",
+            {"num_classes": 100},
+            {},
+            "the checkpoint has 100 classes; add kwargs: {num_classes: 100}.",
+        ),
+        (
+            "timm",
+            "test_resnet",
+            {"num_classes": 7, "in_chans": 1},
+            {"num_classes": 5},
+            "the checkpoint takes 1 channels and has 7 classes; set kwargs: {in_chans: 1, num_classes: 7}.",
+        ),
+        (
+            "pytorchcv",
+            "resnet20_cifar10",
+            {"num_classes": 100},
+            {},
+            "the checkpoint has 100 classes; add kwargs: {num_classes: 100}.",
+        ),
+        (
+            "pytorchcv",
+            "fdmobilenet_wd4",
+            {"in_channels": 1, "num_classes": 3},
+            {},
+            "the checkpoint takes 1 channels and has 3 classes; add kwargs: {in_channels: 1, num_classes: 3}.",
+        ),
+        (
+            "timm",
+            "test_vit",
+            {"img_size": 96, "num_classes": 4},
+            {},
+            "the checkpoint is for images of 96 pixels and has 4 classes; add kwargs: {img_size: 96, num_classes: 4}.",
+        ),
+    ],
+)
+def test_weights_of_another_size_say_which_argument_fits(
+    tmp_path: Path, *, library: str, arch: str, built: dict[str, int], asked: dict[str, int], said: str
+) -> None:
+    path = save_state(random_state(library, arch, built, seed=0), tmp_path / "w.safetensors")
+    reader = TensorReader(TensorSource(None, str(path), name="mine.pth"))
+    with pytest.raises(CheckpointError) as caught:
+        check_fit(networks.build(library, arch, asked, meta=True), reader, Architecture(library, arch, asked))
+    assert str(caught.value) == f"mine.pth does not fit the network: {said}"
+    check_fit(networks.build(library, arch, built, meta=True), reader)
+
+
+def test_weights_that_no_argument_makes_fit_are_listed(tmp_path: Path) -> None:
+    path = save_state(random_state("timm", "test_resnet", {}, seed=0), tmp_path / "w.safetensors")
+    network = networks.build("timm", "test_vit", meta=True)
+    with pytest.raises(CheckpointError, match=r"does not fit the network: \d+ keys missing .* Check model\.arch"):
+        check_fit(network, TensorReader(TensorSource(None, str(path))), Architecture("timm", "test_vit"))
+
+
+def test_a_missing_file_and_a_bucket_are_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No file at /nowhere: expected a local path or an s3:// URI"):
         fetch("/nowhere", tmp_path)
     with pytest.raises(CheckpointError, match="names a bucket; expected s3://bucket/path/to/file"):

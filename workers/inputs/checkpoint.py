@@ -5,7 +5,8 @@ dict.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from storage.digest import file_version
 from storage.stores.blob_store import is_key
 from storage.stores.s3 import S3Store
 from storage.stores.uri import open_store
-from workers.errors import CheckpointError, nearest, shown
+from workers.errors import CheckpointError
 from workers.inputs import networks
-from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
+from workers.inputs.fit import check_fit
+from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader, TensorSource
+from workers.inputs.torch_file import file_kind, load_pickled
+from workers.inputs.wrapping import Choice, unwrap
 from workers.tasks import NetworkRef
 
-PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.
 _SEEDED = threading.Lock()
-_NESTED_KEYS = ("state_dict", "model", "model_state", "model_state_dict", "net", "module", "params")
 
 
 def fetch(uri: str, folder: Path) -> Path:
@@ -58,26 +61,63 @@ def stored_file(store_uri: str, key: str) -> str:
     return f"{store_uri}#{key}"
 
 
-def to_safetensors(path: Path, folder: Path) -> Path:
-    """Return a safetensors file with the checkpoint's tensors: ``path`` itself, or a conversion of a pickled state
-    dict in ``folder``.
-
-    Pickles are read with ``weights_only=True``: tensors and plain containers, no code. A state dict one level down
-    (``state_dict``, ``model`` ...) and the ``module.`` prefix of data-parallel training are unwrapped.
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights as one safetensors file under the network's own names; ``notes`` tell people where they
+    were found.
     """
-    if path.suffix == ".safetensors":
-        return path
-    if path.suffix not in PICKLED_SUFFIXES:
-        raise CheckpointError(
-            f"{path.name}: expected a checkpoint ending in .safetensors, {', '.join(PICKLED_SUFFIXES)}."
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def to_safetensors(
+    path: Path, folder: Path, wanted: Collection[str], *, name: str | None = None, choice: Choice | None = None
+) -> Weights:
+    """Return a checkpoint's weights as safetensors: the file itself where it is that already, else a copy in
+    ``folder``.
+
+    What counts is what the file holds, not how it is called. Pickles are read with ``weights_only``
+    (`workers.inputs.torch_file`); where the weights are follows from the network's names (`workers.inputs.wrapping`).
+
+    Args:
+        path: the file.
+        folder: where a copy goes.
+        wanted: the names in the network's state dict.
+        name: what the user calls the file.
+        choice: averaged weights or the model's own, where the file has both.
+
+    Raises:
+        CheckpointError: it is no checkpoint, or holds no state dict.
+    """
+    name = name or str(path)
+    kind = file_kind(path, name)
+    before = file_version(path.stat())
+    if kind == "safetensors":
+        reader = TensorReader(TensorSource(None, str(path), name=name))
+        found = unwrap(reader.tensors, wanted, TensorInfo, name=name, choice=choice)
+        if found.plain:
+            return Weights(path, found.notes)
+        return Weights(reader.copied(found.state, folder / "checkpoint.safetensors"), found.notes)
+    state = unwrap(load_pickled(path, name, kind), wanted, torch.Tensor, name=name, choice=choice)
+    for key, tensor in state.state.items():
+        _check_kind(name, key, tensor)
+    copy = save_state(state.state, folder / "checkpoint.safetensors")
+    if file_version(path.stat()) != before:
+        raise CheckpointError(f"{name} was written to while it was read; wait for its writer and run again.")
+    return Weights(copy, state.notes)
+
+
+def _check_kind(name: str, key: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype not in DTYPES.values():
+        kind = (
+            "quantized"
+            if tensor.is_quantized
+            else str(tensor.layout if tensor.layout is not torch.strided else tensor.dtype)
         )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
         raise CheckpointError(
-            f"{path.name} cannot be read as a state dict with weights_only: {str(error).splitlines()[0]}"
-        ) from error
-    return save_state(_unwrap(loaded, path.name), folder / "checkpoint.safetensors")
+            f"{name}: tensor {key!r} is {kind.removeprefix('torch.')}; expected the float network's weights, dense."
+        )
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
@@ -96,22 +136,6 @@ def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
     return path
 
 
-def _unwrap(loaded: Any, name: str) -> dict[str, torch.Tensor]:
-    document = loaded
-    while isinstance(document, dict) and not all(isinstance(value, torch.Tensor) for value in document.values()):
-        inner = next((key for key in _NESTED_KEYS if isinstance(document.get(key), dict)), None)
-        if inner is None:
-            raise CheckpointError(
-                f"{name} holds no state dict: its keys are {shown([str(key) for key in document])}; "
-                "expected tensors by name."
-            )
-        document = document[inner]
-    if not isinstance(document, dict) or not document:
-        raise CheckpointError(f"{name} holds a {type(document).__name__}; expected a state dict, tensors by name.")
-    prefix = "module." if all(key.startswith("module.") for key in document) else ""
-    return {key.removeprefix(prefix): tensor for key, tensor in document.items()}
-
-
 def pretrained_state(library: str, arch: str, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the state dict of the library's own pretrained weights."""
     return networks.build(library, arch, kwargs, pretrained=True).state_dict()
@@ -122,35 +146,6 @@ def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> 
     with _SEEDED:
         torch.manual_seed(seed)
         return networks.build(library, arch, kwargs).state_dict()
-
-
-def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]:
-    """Return the checkpoint's tensors that the network uses, in the network's order.
-
-    Raises:
-        CheckpointError: keys missing or unexpected, shapes that differ; the message lists them.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    missing = [name for name in wanted if name not in reader.tensors and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in reader.tensors if name not in wanted]
-    wrong = [name for name, shape in wanted.items() if name in reader.tensors and reader.tensors[name].shape != shape]
-    if not (missing or unexpected or wrong):
-        return {name: reader.tensors[name] for name in wanted if name in reader.tensors}
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} keys missing ({shown(missing)})")
-    if unexpected:
-        faults.append(f"{len(unexpected)} keys unexpected ({shown(unexpected)})")
-    if wrong:
-        first = wrong[0]
-        faults.append(
-            f"{len(wrong)} shapes differ ({first!r}: {reader.tensors[first].shape} in the checkpoint, "
-            f"{wanted[first]} in the network" + (", ..." if len(wrong) > 1 else "") + ")"
-        )
-    hint = nearest(missing[0], unexpected) if missing and unexpected else ""
-    raise CheckpointError(
-        f"{reader.source} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
-    )
 
 
 def open_network(network: NetworkRef) -> nn.Module:

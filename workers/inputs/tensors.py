@@ -266,6 +266,25 @@ class TensorReader:
                     check_values(str(self.source), name, torch.frombuffer(piece, dtype=DTYPES[info.dtype]))
         return f"sha256:{hasher.hexdigest()}"
 
+    def copied(self, tensors: Mapping[str, TensorInfo], path: Path) -> Path:
+        """Write some of the file's tensors under other names as a new file, a few MB in memory; return its path."""
+        assert self._file is not None
+        header: dict[str, object] = {}
+        ordered, offset = sorted(tensors.items(), key=lambda item: item[1].start), 0
+        for name, info in ordered:
+            span = [offset, offset + info.size_bytes]
+            header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+            offset = span[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self._file.opened() as stream, path.open("wb") as copy:
+            copy.write(struct.pack("<Q", len(text)) + text)
+            for _, info in ordered:
+                stream.seek(info.start)
+                for start in range(0, info.size_bytes, _PIECE_BYTES):
+                    copy.write(stream.read(min(_PIECE_BYTES, info.size_bytes - start)))
+        return path
+
     def check_unchanged(self) -> None:
         """Raise `CheckpointError` where the file is not the one any more that was opened."""
         if self._file is not None:
