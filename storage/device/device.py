@@ -7,29 +7,23 @@ run goes on from there.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.device.cache import Cache, Installed, State, blobs_of
-from storage.device.errors import CacheError, DeviceError, NoSpace, NotInstalled, NotOurs
-from storage.device.fetch import Fetcher, Traffic
-from storage.device.files import disk_errors
+from storage.device.cache import Cache, State, blobs_of
+from storage.device.errors import ContentError, DeviceError, NotInstalled, NotOurs
+from storage.device.install import Installation, moved, need_source
 from storage.device.pace import Pace
-from storage.device.report import Event, EventKind, Moved, Phase, Status, Verified
+from storage.device.report import Event, Moved, Phase, Reporter, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned
 from storage.device.retry import Retry
+from storage.device.soundness import drop, fault, wanted
 from storage.device.source import Documents, Source, StoreSource
-from storage.device.sweep import Swept, named, settle, sweep
-from storage.layout import blob_key
+from storage.device.sweep import named, settle, sweep
 from storage.manifest import Descriptor, Manifest
 from storage.stores.local import LocalStore
-
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass
@@ -60,20 +54,12 @@ class Device:
         with self._lock():
             return self._resolve(name, ref)
 
-    def _resolve(self, name: str, ref: str) -> Release:
-        documents = Documents(self._need_source(), self.retry, self.pace, lambda why, s: self._retrying(name, why, s))
-        if self.unsigned:
-            return resolve_unsigned(documents, name, ref)
-        from storage.device.trust import Trust  # python-tuf takes 20 MB and 0.3 s
-
-        return Trust(self._cache.root / "trust", self.root_of_trust).resolve(documents, name, ref)
-
     def pull(self, name: str, ref: str = "latest", *, level: int | None = None) -> Moved:
         """Bring a version: base, then high shards, in execution order.
 
         ``level`` asks for low shards too; by default a model that is already here keeps the level it runs at, and a new
-        one gets 0. Only blobs that the cache does not hold travel. The version in use stays until the new one is whole,
-        and then as the one to roll back to.
+        one gets 0. Only blobs that the cache does not hold travel, and those that are damaged: each that is here is
+        hashed. The version in use stays until the new one is whole, and then as the one to roll back to.
         """
         with self._lock():
             release = self._resolve(name, ref)
@@ -84,7 +70,10 @@ class Device:
             return self._install(state, release, _level(release.manifest, wanted))
 
     def upgrade(self, name: str, level: int | None = None) -> Moved:
-        """Bring the low shards of the version in use up to ``level`` (default: all). High shards never travel again."""
+        """Bring the low shards of the version in use up to ``level`` (default: all).
+
+        High shards never travel again, unless they are damaged: each that is here is hashed.
+        """
         with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
             manifest = self._cache.manifest(name, current)
@@ -102,55 +91,77 @@ class Device:
             previous = state.previous and state.previous.model_copy(update={"level": min(state.previous.level, target)})
             current = current.model_copy(update={"level": target})
             swept = settle(self._cache, State(name=name, current=current, previous=previous))
-            return self._moved(name, current, freed_bytes=self._told(name, swept))
+            return moved(name, current, freed_bytes=self._reporter(name).swept(swept))
 
     def rollback(self, name: str) -> Moved:
-        """Make the previous version the current one, offline; a second call goes forward again."""
+        """Make the previous version the current one, offline; a second call goes forward again.
+
+        It is hashed first: a version that is damaged, or lacks a blob, does not come into use.
+        """
         with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
             previous = state.previous
             if previous is None:
                 raise NotInstalled(f"{name}: no earlier version in {self.root} to go back to")
-            missing = [
-                b for b in blobs_of(self._cache.manifest(name, previous), previous.level) if not self._cache.holds(b)
-            ]
-            if missing:
-                raise CacheError(
-                    f"{name} version {previous.version}: {missing[0].digest} is gone from {self.root}; pull it again"
+            blobs = blobs_of(self._cache.manifest(name, previous), previous.level)
+            faults = [seen for blob in blobs if (seen := fault(self._cache, blob)) is not None]
+            if faults:
+                raise ContentError(
+                    f"{name} version {previous.version} is not whole, so {name} stays at version {current.version}: "
+                    f"{len(faults)} of {len(blobs)} blobs: {faults[0]}; 'nestquant pull {name}@{previous.version}' "
+                    "brings it anew"
                 )
             swept = settle(self._cache, State(name=name, current=previous, previous=current))
-            return self._moved(name, previous, freed_bytes=self._told(name, swept))
+            return moved(name, previous, freed_bytes=self._reporter(name).swept(swept))
 
     def remove(self, name: str) -> int:
         """Forget a model; return the bytes freed. What was last trusted for it stays: it cannot come back older.
 
         Needs no space, and no more of the model than its folder: what is damaged can be removed, too.
         """
+        tell = self._reporter(name)
         with self._lock(name):
             let_go = named(self._cache, name)
             self._cache.drop_state(name)
-            freed = self._told(name, sweep(self._cache, let_go))
+            freed = tell.swept(sweep(self._cache, let_go))
             for stays in self._cache.forget(name):
-                self._emit("warning", name, (0, 0), (0, 0), message=f"models/{name}: {stays} is not ours and stays")
+                tell.warning(f"models/{name}: {stays} is not ours and stays")
             return freed
 
     def verify(self, name: str, *, discard: bool = False) -> Verified:
-        """Hash every blob of the version in use again, offline.
+        """Hash everything of a model that may come into use, offline: the version in use and the one to go back to.
 
-        ``discard`` deletes damaged ones, so that ``pull`` brings them again.
+        Each at its level. ``discard`` deletes damaged blobs, so that ``pull`` brings them again.
         """
-        current = self._cache.current(name)
-        blobs = blobs_of(self._cache.manifest(name, current), current.level)
-        damaged = []
+        tell = self._reporter(name)
+        versions, blobs, damaged = wanted(self._cache, name)
         for index, blob in enumerate(blobs):
-            if (fault := self._fault(blob)) is not None:
-                damaged.append(fault)
-                if discard:
-                    with self._lock(name), disk_errors(str(self._cache.blob_path(blob.digest))):
-                        self._cache.blob_path(blob.digest).unlink(missing_ok=True)
-            self._emit("blob", name, (0, 0), (index, len(blobs)), path=self._cache.blob_path(blob.digest))
-        total = sum(blob.size_bytes for blob in blobs)
-        return Verified(name, current.version, current.level, len(blobs), total, tuple(damaged))
+            seen = fault(self._cache, blob)
+            if seen is not None and discard:
+                with self._lock(name):
+                    seen = self._drop_damaged(blob)
+            if seen is not None:
+                damaged.append(seen)
+            tell.blob(self._cache.blob_path(blob.digest), (0, 0), (index, len(blobs)))
+        size_bytes = sum(blob.size_bytes for blob in blobs)
+        current, previous = versions[0], versions[1] if len(versions) > 1 else None
+        back = None if previous is None else previous.version
+        return Verified(name, current.version, current.level, len(blobs), size_bytes, tuple(damaged), back)
+
+    def drop_damaged(self, blob: Descriptor) -> str | None:
+        """Hash a blob again and delete it if it is not right; return what was wrong, None where it is right.
+
+        For a reader that met wrong bytes (``blob_path`` looks at the length alone): once the blob is gone, ``levels``
+        tells what still runs, and the next ``pull`` or ``upgrade`` brings it anew, as it would have without this.
+        """
+        with self._lock():
+            return self._drop_damaged(blob)
+
+    def _drop_damaged(self, blob: Descriptor) -> str | None:
+        seen = fault(self._cache, blob)
+        if seen is not None:
+            drop(self._cache, blob)
+        return seen
 
     def status(self, name: str) -> Status:
         """Say what the cache holds of a model; reads the disk alone."""
@@ -183,104 +194,21 @@ class Device:
             raise NotInstalled(f"{blob.digest} is not in {self.root}; pull or upgrade the model first")
         return self._cache.blob_path(blob.digest)
 
+    def _resolve(self, name: str, ref: str) -> Release:
+        tell = self._reporter(name)
+        documents = Documents(need_source(self.source), self.retry, self.pace, tell.retry)
+        if self.unsigned:
+            return resolve_unsigned(documents, name, ref)
+        from storage.device.trust import Trust  # python-tuf takes 20 MB and 0.3 s
+
+        return Trust(self._cache.root / "trust", self.root_of_trust).resolve(documents, name, ref)
+
     def _install(self, state: State, release: Release, level: int) -> Moved:
-        name, manifest = state.name, release.manifest
-        target = Installed(version=manifest.version, digest=release.digest, level=level, signed=release.signed)
-        blobs = blobs_of(manifest, level)
-        missing = [blob for blob in blobs if not self._cache.holds(blob)]
-        self._cache.write_manifest(name, release.digest, release.raw)
-        if state.current == target and not missing:
-            if state.pending is not None:
-                self._cache.write_state(state.model_copy(update={"pending": None, "failed": None}))
-            freed_bytes = self._told(name, sweep(self._cache))
-            return self._moved(name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=freed_bytes)
-        self._cache.write_state(state.model_copy(update={"pending": target, "failed": None}))
-        try:
-            self._check_space(missing)
-            traffic = self._fetch(name, blobs)
-        except DeviceError as error:
-            with contextlib.suppress(CacheError):  # the disk may be full; why it failed is told all the same
-                self._cache.write_state(state.model_copy(update={"pending": target, "failed": str(error)}))
-            raise
-        replaced = state.current is not None and state.current.digest != target.digest
-        previous = state.current if replaced else state.previous
-        let_go = named(self._cache, name)
-        self._cache.write_state(State(name=name, current=target, previous=previous))
-        swept = sweep(self._cache, let_go)
-        moved = {
-            "received_bytes": traffic.received_bytes,
-            "resumed_bytes": traffic.resumed_bytes,
-            "wasted_bytes": traffic.wasted_bytes,
-        }
-        moved |= {"saved_bytes": _sum(blobs) - _sum(missing), "freed_bytes": self._told(name, swept)}
-        counts = {"blobs_moved": len(missing), "blobs_kept": len(blobs) - len(missing), "retries": traffic.retries}
-        return self._moved(name, target, **moved, **counts)
+        tell = self._reporter(state.name)
+        return Installation(self._cache, self.source, self.retry, self.pace, tell).run(state, release, level)
 
-    def _fetch(self, name: str, blobs: list[Descriptor]) -> Traffic:
-        source, total, done, index = self._need_source(), _sum(blobs), 0, 0
-
-        def on_bytes(here: int) -> None:
-            self._emit("bytes", name, (done + here, total), (index, len(blobs)))
-
-        def on_retry(why: str, wait_s: float) -> None:
-            self._retrying(name, why, wait_s, (done, total), (index, len(blobs)))
-
-        fetcher = Fetcher(source, self._cache, self.retry, self.pace, on_bytes, on_retry)
-        for index, blob in enumerate(blobs):
-            if not self._cache.holds(blob):
-                fetcher.fetch(blob_key(blob.digest), blob)
-            done += blob.size_bytes
-            path = self._cache.blob_path(blob.digest)
-            self._emit("blob", name, (done, total), (index, len(blobs)), path=path)
-        return fetcher.traffic
-
-    def _retrying(
-        self, name: str, why: str, wait_s: float, done: tuple[int, int] = (0, 0), at: tuple[int, int] = (0, 0)
-    ) -> None:
-        self._emit("retry", name, done, at, message=f"{why}; again in {wait_s:.1f} s")
-
-    def _check_space(self, missing: list[Descriptor]) -> None:
-        staged = sum(path.stat().st_size for blob in missing if (path := self._cache.part_path(blob.digest)).exists())
-        free, need = shutil.disk_usage(self._cache.root).free, _sum(missing) - staged
-        if need > free:
-            raise NoSpace(
-                f"{need} bytes to come, {free} free in {self.root}; "
-                "free space, downgrade or remove a model, then run again"
-            )
-
-    def _fault(self, blob: Descriptor) -> str | None:
-        path = self._cache.blob_path(blob.digest)
-        if not path.is_file():
-            return f"{blob.digest}: missing"
-        with disk_errors(str(path)), path.open("rb") as file:
-            hasher = hashlib.sha256()
-            while block := file.read(_BLOCK_BYTES):
-                hasher.update(block)
-            size = file.tell()
-        if size != blob.size_bytes:
-            return f"{blob.digest}: {size} bytes, expected {blob.size_bytes}"
-        seen = f"sha256:{hasher.hexdigest()}"
-        return None if seen == blob.digest else f"{blob.digest}: the file's SHA-256 is {seen}"
-
-    def _told(self, name: str, swept: Swept) -> int:
-        for doubt in swept.doubts:
-            self._emit("warning", name, (0, 0), (0, 0), message=doubt)
-        return swept.freed_bytes
-
-    def _emit(
-        self,
-        kind: EventKind,
-        name: str,
-        done: tuple[int, int],
-        at: tuple[int, int],
-        *,
-        path: Path | None = None,
-        message: str = "",
-    ) -> None:
-        self.on_event(Event(kind, name, *done, *at, path, message))
-
-    def _moved(self, name: str, version: Installed, **figures: int) -> Moved:
-        return Moved(name, version.version, version.digest, version.level, version.signed, **figures)
+    def _reporter(self, name: str) -> Reporter:
+        return Reporter(name, self.on_event)
 
     def _lock(self, name: str | None = None) -> AbstractContextManager[None]:
         """Hold the cache. With the ``name`` of a model that is not there nothing is made, not even the lock."""
@@ -296,20 +224,11 @@ class Device:
             raise NotOurs(f"{self.root}: the store that is pulled from; choose another folder for the cache")
         return self._cache.lock(self.lock_timeout_s)
 
-    def _need_source(self) -> Source:
-        if self.source is None:
-            raise DeviceError("no source was given: this needs one (a store, or an https:// address)")
-        return self.source
-
 
 def _phase(state: State) -> Phase:
     if state.pending is not None:
         return "failed" if state.failed else "partial"
     return "ready" if state.current else "absent"
-
-
-def _sum(blobs: list[Descriptor]) -> int:
-    return sum(blob.size_bytes for blob in blobs)
 
 
 def _level(manifest: Manifest, level: int) -> int:

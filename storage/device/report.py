@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from storage.device.cache import State
+from storage.device.sweep import Swept
 
 EventKind = Literal["bytes", "blob", "retry", "warning"]
 Phase = Literal["absent", "partial", "failed", "ready"]
@@ -31,11 +33,42 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Reporter:
+    """Tells what happens to one model. ``done``: bytes here and bytes in all; ``at``: index of the blob, and count."""
+
+    name: str
+    on_event: Callable[[Event], None]
+
+    def bytes(self, done: tuple[int, int], at: tuple[int, int]) -> None:
+        """So many bytes are here."""
+        self.on_event(Event("bytes", self.name, *done, *at))
+
+    def blob(self, path: Path, done: tuple[int, int], at: tuple[int, int]) -> None:
+        """A blob is whole."""
+        self.on_event(Event("blob", self.name, *done, *at, path))
+
+    def retry(self, why: str, wait_s: float, done: tuple[int, int] = (0, 0), at: tuple[int, int] = (0, 0)) -> None:
+        """Something failed and is tried again."""
+        self.on_event(Event("retry", self.name, *done, *at, None, f"{why}; again in {wait_s:.1f} s"))
+
+    def warning(self, message: str) -> None:
+        """Something is not as it should be, and the work goes on."""
+        self.on_event(Event("warning", self.name, 0, 0, 0, 0, None, message))
+
+    def swept(self, swept: Swept) -> int:
+        """Say what a sweep could not judge; return the bytes it freed."""
+        for doubt in swept.doubts:
+            self.warning(doubt)
+        return swept.freed_bytes
+
+
+@dataclass(frozen=True)
 class Moved:
     """What an operation did, and what it cost.
 
     ``received_bytes`` came from the source, ``wasted_bytes`` of them or of what was staged were thrown away,
     ``resumed_bytes`` were found staged, ``saved_bytes`` were whole in the cache before, ``freed_bytes`` were deleted.
+    ``damaged``: a line for each blob that was here, was not right, and came anew.
     """
 
     name: str
@@ -51,11 +84,15 @@ class Moved:
     saved_bytes: int = 0
     freed_bytes: int = 0
     retries: int = 0
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verified:
-    """Outcome of ``verify``. ``damaged`` holds a line for each blob that is missing or not what its digest says."""
+    """Outcome of ``verify``: ``blobs`` of the version in use and of ``previous``, the one to go back to.
+
+    ``damaged`` holds a line for each blob or manifest that is missing or not what its digest says.
+    """
 
     name: str
     version: int
@@ -63,6 +100,7 @@ class Verified:
     blobs: int
     size_bytes: int
     damaged: tuple[str, ...]
+    previous: int | None = None
 
     @property
     def whole(self) -> bool:

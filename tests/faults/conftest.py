@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,3 +54,17 @@ def origin(web_server: WebServer) -> Iterator[Origin]:
     store = LocalStore(web_server.folder / name)
     with faulty(web_server.url) as proxy:
         yield Origin(store, proxy, f"{proxy.url}/{name}", f"{web_server.url}/{name}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(argv, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"mounting a small disk needs root: {error}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

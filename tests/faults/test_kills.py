@@ -33,15 +33,17 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def run_kills(folder: Path, operation: str, stride_bytes: int, shard_bytes: int = 700) -> dict[str, int]:
-    store = LocalStore(folder / "store")
+def run_kills(
+    folder: Path, operation: str, stride_bytes: int, shard_bytes: int = 700, store: Path | None = None
+) -> dict[str, int]:
+    published = LocalStore(store or folder / "store")
     for version in (1, 2):
-        publish(store, version=version, groups=2, shard_bytes=shard_bytes, base_bytes=shard_bytes, fresh=[0])
+        publish(published, version=version, groups=2, shard_bytes=shard_bytes, base_bytes=shard_bytes, fresh=[0])
     argv = [
         sys.executable,
         "-m",
         "tests.faults.kills",
-        str(folder / "store"),
+        str(published.root),
         str(folder),
         operation,
         str(stride_bytes),
@@ -53,7 +55,17 @@ def run_kills(folder: Path, operation: str, stride_bytes: int, shard_bytes: int 
     return figures
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+FULL = [operation for operation in OPERATIONS if operation.endswith("disk full")]
+
+
+@pytest.mark.parametrize("operation", FULL)
+def test_killed_while_a_full_disk_is_freed(tmp_path: Path, small_disk: Path, operation: str) -> None:
+    figures = run_kills(small_disk, operation, stride_bytes=97, store=tmp_path / "store")
+    assert figures["kills"] == figures["points"] - 1
+    assert figures["events"] >= 10
+
+
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation not in FULL])
 def test_killed_at_enumerated_points(memory_folder: Path, operation: str) -> None:
     figures = run_kills(memory_folder, operation, stride_bytes=97)
     assert figures["kills"] == figures["points"] - (1 if figures["bytes"] == 0 else 0)

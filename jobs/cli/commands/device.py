@@ -58,7 +58,7 @@ def pull(
 ) -> None:
     """Fetch a version's base and high shards, one by one; the model then runs part-bit.
 
-    Goes on where an earlier pull stopped.
+    Goes on where an earlier pull stopped. Shards that are here already are hashed; damaged ones come anew.
     """
     name, ref = split_ref(model)
     device = _device(
@@ -78,7 +78,7 @@ def upgrade(
 ) -> None:
     """Fetch the low shards of the version in use; the model then runs full-bit.
 
-    High shards never travel again.
+    High shards never travel again, unless they are damaged.
     """
     # The manifest was trusted when it was pulled, and every shard is checked against it: nothing new is trusted here.
     device = _device(cache, source, max_rate=max_rate, quiet=as_json)
@@ -109,7 +109,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Hash every shard of the version in use again.
+    """Hash every shard again, of the version in use and of the one that 'rollback' goes back to.
 
     Works offline.
     """
@@ -120,8 +120,9 @@ def verify(
         print_json(asdict(result) | {"whole": result.whole})
     else:
         state = "whole" if result.whole else f"{len(result.damaged)} of {result.blobs} blobs damaged"
+        back = "" if result.previous is None else f", and version {result.previous} to go back to"
         typer.echo(
-            f"{result.name} version {result.version}, level {result.level}: "
+            f"{result.name} version {result.version}, level {result.level}{back}: "
             f"{result.blobs} blobs, {size(result.size_bytes)}: {state}."
         )
     if not result.whole:
@@ -130,7 +131,7 @@ def verify(
 
 
 def rollback(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False) -> None:
-    """Go back to the version that was in use before.
+    """Go back to the version that was in use before, if it is still whole.
 
     Works offline.
     """
@@ -225,6 +226,8 @@ def _report(device: Device, moved: Moved, *, as_json: bool) -> None:
         ("freed", moved.freed_bytes),
     ]
     parts += [f"{size(count)} {word}" for word, count in figures if count]
+    if moved.damaged:
+        parts.append(f"{len(moved.damaged)} that were damaged here came anew")
     if moved.retries:
         parts.append(f"{moved.retries} retries")
     typer.echo(
