@@ -25,6 +25,7 @@ from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.executors import open_executor
 from jobs.result import JobResult
+from jobs.spec.document import parse_yaml
 from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
 from workers.inputs import networks
@@ -51,7 +52,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     out = new_console()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir()
-    bits = yaml.safe_load(arguments.bits)
+    bits = parse_yaml(arguments.bits, "--bits")
     document = _given(arguments, bits) if arguments.weights else _trained(out, bits)
     path = FOLDER / "spec.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from jobs.errors import SpecError
+from jobs.spec.document import parse_yaml, read_text, shortened, shown_value
 from jobs.spec.job import JobSpec
 from workers.errors import nearest
 
@@ -27,17 +27,7 @@ def load_spec(path: str | Path, *, changes: dict[str, Any] | None = None) -> Job
 
 def read_document(path: str | Path, changes: dict[str, Any]) -> dict[str, Any]:
     """Read YAML or JSON keys, not validated yet; see ``load_spec``."""
-    file = Path(path)
-    try:
-        document = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise SpecError(f"No spec at {path}: there is no such file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"Cannot read the spec {path}: {error}.") from error
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f" in line {place.line + 1}" if place is not None else ""
-        raise SpecError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', error)}.") from error
+    document = parse_yaml(read_text(path, "spec"), str(path))
     if not isinstance(document, dict):
         raise SpecError(f"{path} holds a {type(document).__name__}; expected keys such as 'name', 'model', 'store'.")
     return with_changes(document, changes)
@@ -75,7 +65,8 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
     key = ".".join(location) or "spec"
     if item["type"] == "extra_forbidden":
         known = _known_keys(root, item["loc"][:-1])
-        return f"unknown key {key!r}.{nearest(location[-1], known)} Known here: {', '.join(sorted(known))}."
+        hint = f"{nearest(location[-1], known)} Known here: {', '.join(sorted(known))}."
+        return f"unknown key {shortened(repr(key))}.{hint}"
     if item["type"] == "missing":
         return f"{key!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -83,8 +74,8 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
         message = "expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends"
     if item["type"] == "too_short":
         message = "expected one or more"
-    seen = "" if isinstance(item["input"], dict) else f" Seen: {item['input']!r}."
-    return f"{key!r}: {message}.{seen}"
+    seen = "" if isinstance(item["input"], dict) else f" Seen: {shown_value(item['input'])}."
+    return f"{shortened(repr(key))}: {shortened(message)}.{seen}"
 
 
 def _known_keys(root: type[BaseModel], path: Sequence[str | int]) -> set[str]:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from jobs.errors import SpecError
+from jobs.spec.document import read_text
 from jobs.spec.file import parse_as, parse_spec, read_document
 from jobs.spec.job import (
     AnalysisSpec,
@@ -167,11 +168,7 @@ def expand(spec: ZooSpec, *, folder: Path) -> list[ZooJob]:
 
 def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
     if text.startswith("@"):
-        path = folder / text[1:]
-        try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise SpecError(f"models: {text!r}: {error.strerror}; expected one library/name a line.") from error
+        lines = read_text(folder / text[1:], "list of models (one library/name a line)").splitlines()
         for line in (line.partition("#")[0].strip() for line in lines):
             if line:
                 yield from _models(line, folder)

@@ -15,6 +15,10 @@ from storage.stores.memory import MemoryStore
 
 _SCHEMES = ("file", "memory", "s3")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+# What a scheme with a slip of the pen looks like: taken for a folder, it would be an empty store that was never meant.
+_SLIP = re.compile(
+    r"(s3|gs|gcs|az|abfss?|wasbs?|hdfs|oci|https?|ftp|file|memory)(?::/?|;/{0,2}|//|/:|\.//)(?!/)", re.IGNORECASE
+)
 _SECRET = re.compile(r"secret|password|token|access_?key|credential", re.IGNORECASE)
 
 
@@ -27,14 +31,18 @@ def open_store(uri: str | Path) -> BlobStore:
     """
     text = str(uri)
     if "://" not in text:
-        if re.match(r"(file|s3|memory):", text):
+        if (slip := _SLIP.match(text)) is not None:
+            meant = f"{slip[1].lower()}://{text[slip.end() :]}"
             raise BadStoreURI(
-                f"store {text!r}: '//' is missing after the scheme; write {text.replace(':', '://', 1)!r}"
+                f"store {text!r}: '://' must stand behind the scheme; write {meant!r}, or ./{text} for a folder"
             )
         if not text:
             raise BadStoreURI("store '': empty; give a path, file:///path, memory://name or s3://bucket/prefix")
-        return LocalStore(Path(text).expanduser())
-    parts = urlsplit(text)
+        return _open_folder(text, text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:
+        raise BadStoreURI(f"store {text[:200]!r}: not a URI ({error})") from error
     if parts.username is not None or parts.password is not None:
         raise BadStoreURI(
             f"store {parts.scheme}://...@{parts.hostname or ''}: no credentials in a URI; use the environment"
@@ -52,8 +60,31 @@ def open_store(uri: str | Path) -> BlobStore:
             raise BadStoreURI(
                 f"store {text!r}: file:// wants three slashes before an absolute path; write 'file:///{parts.netloc}{parts.path}'"
             )
-        return LocalStore(Path(unquote(parts.path)))
+        return _open_folder(text, unquote(parts.path))
     raise BadStoreURI(f"store {text!r}: unknown scheme {parts.scheme!r}{_nearest(parts.scheme, _SCHEMES)}")
+
+
+def open_existing_store(uri: str | Path) -> BlobStore:
+    """Return the store that a URI names, to be read: a folder must be there, since nothing will make it.
+
+    Raises:
+        BadStoreURI: there is no such folder, or it is a file.
+    """
+    store = open_store(uri)
+    if isinstance(store, LocalStore) and not store.root.is_dir():
+        what = "is a file" if store.root.exists() else "no such folder"
+        raise BadStoreURI(f"store {str(uri)!r}: {what} ({store.root}); 'nestquant quantize' makes a store")
+    return store
+
+
+def _open_folder(text: str, path: str) -> LocalStore:
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise BadStoreURI(f"store {text!r}: {error}") from error
+    if "\0" in path:
+        raise BadStoreURI(f"store {text!r}: no path may hold a zero byte")
+    return LocalStore(folder)
 
 
 def _open_s3(text: str, parts: SplitResult) -> BlobStore:
@@ -79,7 +110,10 @@ def _open_s3(text: str, parts: SplitResult) -> BlobStore:
 def _value(bucket: str, name: str, value: str, hint: Any) -> str | int | float:
     where = f"store s3://{bucket}: {name}={value!r}"
     if name == "endpoint_url":
-        endpoint = urlsplit(value)
+        try:
+            endpoint = urlsplit(value)
+        except ValueError as error:
+            raise BadStoreURI(f"store s3://{bucket}: endpoint_url: not a URI ({error})") from error
         if endpoint.scheme not in ("http", "https") or not endpoint.hostname:
             raise BadStoreURI(f"{where}: expected http://host:port or https://host")
         if endpoint.username is not None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from storage.errors import BadStoreURI
 from storage.stores.local import LocalStore
@@ -22,6 +24,46 @@ def test_paths_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert store.root == tmp_path / "store"
         assert store.uri == f"file://{tmp_path}/store"
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"),
+    [
+        ("s3//bucket/x", "s3://bucket/x"),
+        ("s3:bucket/x", "s3://bucket/x"),
+        ("s3:/bucket", "s3://bucket"),
+        ("S3:/bucket", "s3://bucket"),
+        ("s3;//bucket", "s3://bucket"),
+        ("gs:bucket", "gs://bucket"),
+        ("file:store", "file://store"),
+        ("https:/example.org/models", "https://example.org/models"),
+        ("HTTP//example.org", "http://example.org"),
+    ],
+)
+def test_a_slip_of_the_pen_is_no_folder(slip: str, meant: str) -> None:
+    told = f"store '{slip}': '://' must stand behind the scheme; write '{meant}', or ./{slip} for a folder"
+    with pytest.raises(BadStoreURI) as caught:
+        open_store(slip)
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize("folder", ["s3", "s3/x", "./s3//x", "files//x", "my-s3//x", "/s3//x", "file", "memories:x"])
+def test_a_folder_that_only_looks_a_little_like_it_is_one(folder: str) -> None:
+    assert isinstance(open_store(folder), LocalStore)
+
+
+@pytest.mark.parametrize("uri", ["http://[bad", "s3://[::1/x", "s3://bucket?endpoint_url=http://[bad"])
+def test_brackets_that_do_not_close_are_one_line(uri: str) -> None:
+    with pytest.raises(BadStoreURI, match=r"not a URI \(Invalid IPv6 URL\)$"):
+        open_store(uri)
+
+
+@given(st.text(max_size=60) | st.text(alphabet="s3:/[]@?&=#%.abhtpfile", max_size=40))
+def test_any_text_is_a_store_or_one_line(text: str) -> None:
+    try:
+        open_store(text)
+    except BadStoreURI as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017 - what else is raised fails the test
 
 
 def test_a_path_with_blanks_survives_the_round_trip(tmp_path: Path) -> None:

@@ -101,12 +101,9 @@ def _change(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise SpecError(f"--set {text!r}: expected KEY=VALUE, such as --set quantize.bits=[8,5].")
-    import yaml
+    from jobs.spec.document import parse_yaml
 
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SpecError(f"--set {text!r}: the value is not valid YAML.") from error
+    return key, parse_yaml(value, f"--set {key}: the value")
 
 
 def _dry_run(job: JobSpec, *, as_json: bool) -> None:

@@ -53,9 +53,9 @@ def fsck(
     """Read every blob of every version again and compare lengths and digests."""
     from storage.errors import Damaged
     from storage.retention import fsck as check
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    report = check(open_store(store), name)
+    report = check(open_existing_store(store), name)
     if as_json:
         print_json(asdict(report))
     else:
@@ -80,9 +80,9 @@ def gc(
 ) -> None:
     """Remove blobs that no version names, in two runs at least the age of grace apart. A dry run unless --remove."""
     from storage.retention import gc as collect
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    report = collect(open_store(store), grace_s=grace_days * _DAY_S, dry_run=not remove)
+    report = collect(open_existing_store(store), grace_s=grace_days * _DAY_S, dry_run=not remove)
     if as_json:
         print_json(asdict(report))
         return
@@ -105,9 +105,9 @@ def delete_version(
 ) -> None:
     """Take a version back: its number is never used again, its blobs go with the next gc."""
     from storage.retention import delete_version as delete
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    deleted = delete(open_store(store), name, version)
+    deleted = delete(open_existing_store(store), name, version)
     if as_json:
         print_json(asdict(deleted))
         return

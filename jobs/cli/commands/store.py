@@ -19,9 +19,9 @@ def register(app: typer.Typer) -> None:
 def ls(*, store: Store, as_json: Json = False) -> None:
     """List the models in a store, their versions and tags."""
     from storage.registry import Registry
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    registry = Registry(open_store(store))
+    registry = Registry(open_existing_store(store))
     rows = [
         {"name": name, "versions": registry.versions(name), "tags": registry.tags(name)} for name in registry.models()
     ]
@@ -43,10 +43,10 @@ def ls(*, store: Store, as_json: Json = False) -> None:
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
     from storage.registry import Registry
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
     name, ref = split_ref(model)
-    registry = Registry(open_store(store))
+    registry = Registry(open_existing_store(store))
     resolved = registry.resolve(name, ref)
     report = _report(registry, name, resolved.version)
     if as_json:
