@@ -60,7 +60,7 @@ def job_result(job: Job, seconds: dict[str, float]) -> JobResult:
         version=published.version,
         digest=published.digest,
         created=published.created,
-        tags=() if job.fault else spec.store.tags,
+        tags=job.tags,
         job=job.digest,
         library=spec.model.library,
         arch=spec.model.arch,
@@ -75,6 +75,6 @@ def job_result(job: Job, seconds: dict[str, float]) -> JobResult:
         pull=job.pulled.summary,
         seconds=seconds,
         skipped_images=job.skipped_images,
-        notes=(*job.staged.notes, *job.reconstruction.notes),
+        notes=(*job.staged.notes, *job.reconstruction.notes, *job.notes),
         gate=job.fault,
     )

@@ -354,6 +354,16 @@ class Registry:
         record = TagRecord(name=name, version=version, digest=digest)
         self.store.put(layout.tag_key(name, tag), canonical_json(record), mode="overwrite")
 
+    def tag_forward(self, name: str, tag: str, version: int) -> bool:
+        """Point ``tag`` at a version unless it points at a later one already; tell whether it points there now.
+
+        Two that tag at the same instant may still leave the earlier one: a tag is no compare-and-swap.
+        """
+        if self._tagged_version(name, tag) > version:
+            return False
+        self.tag(name, tag, version)
+        return True
+
     def read_tag(self, name: str, tag: str) -> TagRecord:
         """Return what a tag says. Raises `NotFound`, `InvalidManifest`."""
         key = layout.tag_key(name, tag)

@@ -21,6 +21,7 @@ from storage.manifest import Descriptor, canonical_json
 from storage.registry import Registry, Resolved, Tombstone
 from storage.stores.blob_store import BlobStore
 from storage.stores.capabilities import PROBE_PREFIX, is_probe_key
+from storage.stores.clock import store_time_s
 
 GRACE_S = 7 * 24 * 3600.0
 _FSCK_THREADS = 4
@@ -71,7 +72,7 @@ def gc(store: BlobStore, *, grace_s: float = GRACE_S, dry_run: bool = True) -> G
     that cannot be trusted stops the run.
     """
     named, versions = _named_blobs(store)
-    now_s = time.time() if dry_run else _store_time_s(store)
+    now_s = time.time() if dry_run else store_time_s(store)
     earlier = read_condemned(store)
     condemned: dict[str, float] = {}
     due: dict[str, int] = {}
@@ -107,12 +108,6 @@ def _sweep_probes(store: BlobStore, *, older_than_s: float) -> None:
     for leftover in store.list(PROBE_PREFIX):
         if is_probe_key(leftover.key) and leftover.modified_s < older_than_s:
             store.delete(leftover.key)
-
-
-def _store_time_s(store: BlobStore) -> float:
-    """Ask the store for its time: ours may differ, and ages are told by the store's."""
-    store.put(layout.CLOCK_KEY, b"", mode="overwrite")
-    return store.head(layout.CLOCK_KEY).modified_s
 
 
 def _named_blobs(store: BlobStore) -> tuple[set[str], int]:

@@ -80,7 +80,8 @@ class Job:
     """A job whose inputs are checked and whose plan is made, and what the stages have added since.
 
     ``digest`` names the job's ledger; ``image_bytes`` is what the largest image set keeps in memory; ``needs`` are the
-    memory of each stage's largest task; ``fault`` is what falls short of the gate.
+    memory of each stage's largest task; ``fault`` is what falls short of the gate; ``notes`` are lines
+    for people.
     """
 
     spec: JobSpec
@@ -101,6 +102,8 @@ class Job:
     pulled: PulledVersion | None = None
     measured: tuple[Measured, ...] = ()
     fault: str | None = None
+    tags: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def context(self) -> TaskContext:

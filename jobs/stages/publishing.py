@@ -17,6 +17,7 @@ from storage.device.errors import ContentError, GaveUp
 from storage.errors import Damaged
 from storage.manifest import Manifest, ModelRecord, ShardGroup
 from storage.signing.metadata import sign
+from workers.errors import shown
 from workers.executor import Executor
 from workers.tasks import BaseRecord, GroupRecord
 
@@ -62,19 +63,27 @@ def pull_back(job: Job, _: Executor, clock: StageClock) -> Job:
 def tag(job: Job, _: Executor, __: StageClock) -> Job:
     """Tag the version and, with keys in the spec, sign it and its tags; one that falls short of the gate stays without.
 
+    A tag that points at a later version already stays there: two jobs may end in another order than they began.
+
     Raises:
         storage.StorageError: the store refuses, or a key cannot be used.
     """
     if job.fault is not None:
         return job
     published, store = job.version, job.spec.store
-    for name in store.tags:
-        job.registry.tag(published.name, name, published.version)
+    moved = [name for name in store.tags if job.registry.tag_forward(published.name, name, published.version)]
     if store.signing_keys:
-        tags = dict.fromkeys(store.tags, published.version)
-        signers = load_keys(store.signing_keys)
-        sign(job.registry.store, published.name, signers, versions=[published.version], tags=tags)
-    return job
+        sign(
+            job.registry.store,
+            published.name,
+            load_keys(store.signing_keys),
+            versions=[published.version],
+            tags=dict.fromkeys(moved, published.version),
+            backwards="skip",
+        )
+    stayed = [name for name in store.tags if name not in moved]
+    notes = (f"Tag {shown(stayed)} stays where it is, at a later version.",) if stayed else ()
+    return replace(job, tags=tuple(moved), notes=(*job.notes, *notes))
 
 
 def draft_manifest(job: Job) -> Manifest:

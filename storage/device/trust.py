@@ -34,6 +34,7 @@ from storage.signing.metadata import (
     MAX_TARGETS_BYTES,
     MAX_TIMESTAMP_BYTES,
     MODEL_FIELD,
+    SIGNED_AT_FIELD,
     tag_target,
     trust_key,
 )
@@ -176,8 +177,12 @@ def _check_anchor(raw: bytes) -> None:
 
 
 def _check_clock(folder: Path, name: str) -> None:
-    """Refuse to judge expiry by a clock that is behind the last timestamp trusted (its version: ms since 1970)."""
-    signed_s = json.loads((folder / "timestamp.json").read_bytes())["signed"]["version"] / 1000
+    """Refuse to judge expiry by a clock that is behind the last timestamp trusted.
+
+    Those of older releases say when they were signed by their version alone, in milliseconds since 1970.
+    """
+    signed = json.loads((folder / "timestamp.json").read_bytes())["signed"]
+    signed_s = signed.get(SIGNED_AT_FIELD, signed["version"] / 1000)
     if time.time() < signed_s - _CLOCK_SLACK_S:
         raise Untrusted(
             f"{name}: this machine's clock is {signed_s - time.time():.0f} s behind the publisher's; set it"

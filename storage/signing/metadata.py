@@ -14,8 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from datetime import datetime, timedelta
+from typing import Literal, TypeVar
 
 from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
@@ -24,15 +24,20 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 from storage.errors import AlreadyExists, NotFound, StoreUnavailable, WriteConflict
 from storage.layout import check_tag, manifest_key, model_prefix
 from storage.registry import Registry
+from storage.signing.expiry import check_clock, expiries, now, warnings_of
 from storage.signing.keys import SigningError
 from storage.signing.root import newest_root
 from storage.stores.blob_store import BlobStore
 
 MODEL_FIELD = "x-nestquant-model"
+SIGNED_AT_FIELD = "x-nestquant-signed-at-s"
+"""In a timestamp: when it was signed, in seconds since 1970. Its version only ever grows, also after a wrong clock."""
+
 MAX_TARGETS_BYTES = 5_000_000
 MAX_SNAPSHOT_BYTES = 65_536
 MAX_TIMESTAMP_BYTES = 16_384
 _ATTEMPTS = 50
+Backwards = Literal["refuse", "allow", "skip"]
 T = TypeVar("T", Targets, Snapshot, Timestamp)
 
 
@@ -47,13 +52,17 @@ class Lives:
 
 @dataclass(frozen=True)
 class Signed:
-    """An edition in the store: its number, the versions and tags it vouches for, and when its timestamp ends."""
+    """An edition in the store: its number, the versions and tags it vouches for, and when its timestamp ends.
+
+    ``warnings``: which other role ends soon, and what renews it.
+    """
 
     name: str
     edition: int
     versions: tuple[int, ...]
     tags: dict[str, int]
     expires: datetime
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,19 +116,28 @@ def sign(
     tags: Mapping[str, int] | None = None,
     withdraw: Iterable[int] = (),
     afresh: bool = False,
+    backwards: Backwards = "refuse",
     lives: Lives | None = None,
 ) -> Signed:
     """Vouch for versions that the store holds, and for tags; what was vouched for before stays, unless ``afresh``.
 
     Needs a publisher and an online key. A tag's version is vouched for with it. ``withdraw`` takes versions back.
+    ``backwards``: what to do with a tag that is signed for a later version already, since devices would follow it back.
+
+    Raises:
+        SigningError: a key is missing, a tag would move back, the root has ended, or a clock is wrong.
+        storage.StorageError: a version is not there, or the store refuses.
     """
     tags, lives = dict(tags or {}), lives or Lives()
-    keys = _Keys(newest_root(store).signed, signers)
-    added = _targets_of(store, name, set(versions) | set(tags.values()), tags)
+    check_clock(store)
+    keys = _Keys(_living_root(store), signers)
+    versions = set(versions)
     taken = {manifest_key(name, version) for version in withdraw}
     edition = _newest_edition(store, name)
     for _ in range(_ATTEMPTS):
         before = {} if afresh or not edition else _read_targets(store, name, edition, keys).targets
+        tags = _forward(name, tags, before, backwards)
+        added = _targets_of(store, name, versions | set(tags.values()), tags)
         kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken)}
         targets = Targets(edition + 1, expires=_from_now(lives.targets), targets={**kept, **added})
         targets.unrecognized_fields[MODEL_FIELD] = name
@@ -130,12 +148,60 @@ def sign(
     raise SigningError(f"{name}: {_ATTEMPTS} others signed at the same time; try again")
 
 
-def refresh(store: BlobStore, name: str, online: Sequence[CryptoSigner], *, lives: Lives | None = None) -> Signed:
-    """Say again that the newest edition is the newest, well within ``Lives.timestamp``; needs the online key alone."""
+def refresh(store: BlobStore, name: str, signers: Sequence[CryptoSigner], *, lives: Lives | None = None) -> Signed:
+    """Say again that the newest edition is the newest, well within ``Lives.timestamp``; needs the online key alone.
+
+    With a publisher's key among ``signers``, what else has ended or ends within 30 days is renewed by a new edition.
+
+    Raises:
+        SigningError: nothing was signed, a key is missing, or a role that has ended cannot be renewed with these keys.
+    """
+    check_clock(store)
+    root = _living_root(store)
     edition = _newest_edition(store, name)
     if not edition:
         raise SigningError(f"{name}: nothing was signed yet; sign a version first")
-    return _announce(store, name, edition, _Keys(newest_root(store).signed, online), lives or Lives())
+    ends = {role: end for role, end in expiries(store, name).items() if role in (Targets.type, Snapshot.type)}
+    publishers = root.roles[Targets.type].keyids
+    if warnings_of(ends) and any(signer.public_key.keyid in publishers for signer in signers):
+        return sign(store, name, signers, lives=lives)
+    ended = [role for role, end in ends.items() if end <= now()]
+    if ended:
+        raise SigningError(
+            f"{name}: the signed {ended[0]} ended on {ends[ended[0]]:%Y-%m-%d}, so devices refuse it; a new edition "
+            "renews it: give the publisher's key beside the online key"
+        )
+    return _announce(store, name, edition, _Keys(root, signers), lives or Lives())
+
+
+def _living_root(store: BlobStore) -> Root:
+    root = newest_root(store).signed
+    if root.expires <= now():
+        raise SigningError(
+            f"the root of trust of {store.uri} ended on {root.expires:%Y-%m-%d}, so devices refuse all that it names; "
+            "renew it with 'nestquant keys renew', then sign"
+        )
+    return root
+
+
+def _forward(
+    name: str, tags: Mapping[str, int], before: Mapping[str, TargetFile], backwards: Backwards
+) -> dict[str, int]:
+    """Return the tags that may move; a tag that is signed for a later version moves back on a person's word alone."""
+    if backwards == "allow":
+        return dict(tags)
+    forward = {}
+    for tag, version in tags.items():
+        signed = before.get(tag_target(name, tag))
+        newer = 0 if signed is None else int(signed.custom["version"])
+        if newer <= version:
+            forward[tag] = version
+        elif backwards == "refuse":
+            raise SigningError(
+                f"{name}: tag {tag!r} is signed for version {newer}; at version {version} devices would go back: "
+                "say --backwards if that is meant"
+            )
+    return forward
 
 
 def _targets_of(store: BlobStore, name: str, versions: set[int], tags: Mapping[str, int]) -> dict[str, TargetFile]:
@@ -190,23 +256,23 @@ def _announce(store: BlobStore, name: str, edition: int, keys: _Keys, lives: Liv
             expires=_from_now(lives.timestamp),
             snapshot_meta=MetaFile.from_data(edition, raw_snapshot, ["sha256"]),
         )
-        timestamp.unrecognized_fields[MODEL_FIELD] = name
+        timestamp.unrecognized_fields |= {MODEL_FIELD: name, SIGNED_AT_FIELD: int(time.time())}
         raw = keys.sign(Timestamp.type, Metadata(timestamp))
         store.put(trust_key(name, "timestamp"), raw, mode="overwrite")
         if not store.exists(trust_key(name, f"{edition + 1}.targets")):
-            return _summary(name, edition, targets.signed, timestamp.expires)
+            return _summary(store, name, edition, targets.signed, timestamp.expires)
         edition += 1  # our timestamp may have overtaken that of a faster signer: name the newest again
 
 
 def _next_timestamp(store: BlobStore, name: str, keys: _Keys) -> int:
-    """Return a version above the last: milliseconds since 1970, which tell devices what time it is at least."""
-    now = time.time_ns() // 1_000_000
+    """Return a version above the last: milliseconds since 1970, or one more than a clock that was ahead has left."""
+    milliseconds = int(time.time() * 1000)
     try:
         raw = store.get(trust_key(name, "timestamp"), max_bytes=MAX_TIMESTAMP_BYTES)
         last: Metadata[Timestamp] = keys.check(Timestamp.type, raw, name)
     except (NotFound, SigningError):
-        return now  # none yet, or of a revoked key: devices forget that one as well (TUF specification, 5.3.11)
-    return max(now, last.signed.version + 1)
+        return milliseconds  # none yet, or of a revoked key: devices forget that one too (TUF specification, 5.3.11)
+    return max(milliseconds, last.signed.version + 1)
 
 
 def _create(store: BlobStore, key: str, raw: bytes) -> bool:
@@ -221,13 +287,13 @@ def _create(store: BlobStore, key: str, raw: bytes) -> bool:
     return True
 
 
-def _summary(name: str, edition: int, targets: Targets, expires: datetime) -> Signed:
+def _summary(store: BlobStore, name: str, edition: int, targets: Targets, expires: datetime) -> Signed:
     prefix = f"{model_prefix(name)}tags/"
     files = {path: file.custom["version"] for path, file in targets.targets.items()}
     tags = {path.removeprefix(prefix): version for path, version in files.items() if path.startswith(prefix)}
     versions = tuple(sorted({version for path, version in files.items() if not path.startswith(prefix)}))
-    return Signed(name, edition, versions, tags, expires)
+    return Signed(name, edition, versions, tags, expires, warnings_of(expiries(store, name)))
 
 
 def _from_now(life: timedelta) -> datetime:
-    return (datetime.now(UTC) + life).replace(microsecond=0)
+    return now() + life

@@ -102,6 +102,15 @@ def add_key(
     return _publish(store, root, root_signers, trusted)
 
 
+def renew_root(store: BlobStore, root_signers: Sequence[CryptoSigner], *, life: timedelta = ROOT_LIFE) -> bytes:
+    """Sign the same keys again for another ``life``, also where the newest root has ended; return the new root.
+
+    Devices follow the chain, and only the last root of it must be alive (TUF specification 1.0, 5.3.10).
+    """
+    trusted = newest_root(store)
+    return _publish(store, _next(trusted, life), root_signers, trusted)
+
+
 def revoke_key(
     store: BlobStore,
     keyid: str,

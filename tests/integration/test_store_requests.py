@@ -68,6 +68,7 @@ def test_a_job_asks_for_nothing_twice(
         ("GetObject", "blob"): blobs,
         ("HeadObject", "manifest"): 1,
         ("GetObject", "manifest"): 2,  # pulled back, then read for the tag
+        ("GetObject", "tag"): 1,  # does it point at a later version?
         ("PutObject", "tag"): 1,
         ("PutObject", "report"): 1,
     }

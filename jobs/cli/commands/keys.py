@@ -31,6 +31,7 @@ def register(main: typer.Typer) -> None:
     app.command(epilog="Example: nestquant keys add publisher new.pem.pub --store s3://models --root-key root.pem")(add)
     app.command(epilog="Example: nestquant keys rotate 3fa4 new.pem.pub --store s3://m --root-key root.pem")(rotate)
     app.command(epilog="Example: nestquant keys revoke 3fa4 --store s3://models --root-key root.pem")(revoke)
+    app.command(epilog="Example: nestquant keys renew --store s3://models --root-key root.pem")(renew)
     app.command(epilog="Example: nestquant keys show --store s3://models")(show)
     main.add_typer(app, name="keys")
     main.command(
@@ -128,19 +129,35 @@ def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None)
     typer.echo(f"Key {full[:12]} is revoked{instead}. Sign every model again: nestquant sign NAME --afresh ...")
 
 
+def renew(*, store: Store, root_key: RootKeys) -> None:
+    """Let the root of trust live another year, with the same keys; also after it has ended."""
+    from storage.signing.root import newest_root, renew_root
+    from storage.stores.uri import open_store
+
+    target = open_store(store)
+    renew_root(target, load_keys(root_key))
+    root = newest_root(target).signed
+    typer.echo(f"root version {root.version}, valid until {root.expires:%Y-%m-%d}; devices follow by themselves.")
+
+
 def show(*, store: Store, as_json: Json = False) -> None:
     """Show which keys may sign what, and until when."""
+    from storage.signing.expiry import warnings_of
     from storage.signing.root import ROLES, newest_root
     from storage.stores.uri import open_store
 
     root = newest_root(open_store(store)).signed
+    due = warnings_of({"root": root.expires})
     roles = {role: sorted(root.roles[names[0]].keyids) for role, names in ROLES.items()}
     if as_json:
-        print_json({"version": root.version, "expires": root.expires.isoformat(), "roles": roles})
+        document = {"version": root.version, "expires": root.expires.isoformat(), "roles": roles}
+        print_json(document | {"warnings": list(due)})
         return
     typer.echo(f"root version {root.version}, valid until {root.expires:%Y-%m-%d}")
     for role, keyids in roles.items():
         typer.echo(f"{role}: {', '.join(keyid[:12] for keyid in keyids)}")
+    for line in due:
+        typer.echo(f"warning: {line}", err=True)
 
 
 def sign(
@@ -152,7 +169,14 @@ def sign(
     tag: Annotated[list[str] | None, typer.Option("--tag", metavar="TAG=VERSION", help="Vouch for a tag.")] = None,
     withdraw: Annotated[list[int] | None, typer.Option(help="Take this version back. Repeatable.")] = None,
     afresh: Annotated[bool, typer.Option("--afresh", help="Forget what was signed before (a revoked key).")] = False,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Only say again what is newest (online key).")] = False,
+    refresh: Annotated[
+        bool,
+        typer.Option(
+            "--refresh",
+            help="Only say again what is newest (online key); with the publisher's key too, renew all that ends soon.",
+        ),
+    ] = False,
+    backwards: Annotated[bool, typer.Option("--backwards", help="Let a tag go back to an earlier version.")] = False,
     as_json: Json = False,
 ) -> None:
     """Vouch for versions and tags, so that devices with the root of trust believe them."""
@@ -165,17 +189,27 @@ def sign(
     else:
         tags = dict(_tag(text) for text in tag or ())
         signed = signing.sign(
-            target, name, keys, versions=version or (), tags=tags, withdraw=withdraw or (), afresh=afresh
+            target,
+            name,
+            keys,
+            versions=version or (),
+            tags=tags,
+            withdraw=withdraw or (),
+            afresh=afresh,
+            backwards="allow" if backwards else "refuse",
         )
     if as_json:
         document: dict[str, Any] = {"name": name, "edition": signed.edition, "versions": signed.versions}
-        print_json(document | {"tags": signed.tags, "expires": signed.expires.isoformat()})
+        document |= {"tags": signed.tags, "expires": signed.expires.isoformat(), "warnings": list(signed.warnings)}
+        print_json(document)
         return
     tags_told = ", ".join(f"{one} -> {number}" for one, number in sorted(signed.tags.items())) or "no tags"
     typer.echo(
         f"{name}: edition {signed.edition} vouches for versions {', '.join(map(str, signed.versions)) or 'none'} and "
         f"{tags_told}; sign again (--refresh) before {signed.expires:%Y-%m-%d %H:%M} UTC."
     )
+    for line in signed.warnings:
+        typer.echo(f"warning: {line}", err=True)
 
 
 def _tag(text: str) -> tuple[str, int]:

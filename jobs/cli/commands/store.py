@@ -43,6 +43,7 @@ def ls(*, store: Store, as_json: Json = False) -> None:
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
     from storage.registry import Registry
+    from storage.signing.expiry import trust_warnings
     from storage.stores.uri import open_existing_store
 
     name, ref = split_ref(model)
@@ -83,6 +84,8 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
             _decibel(loss[-1]),
         )
     out.print(table)
+    for line in trust_warnings(registry.store, name):
+        typer.echo(f"warning: {line}", err=True)
     for kept in manifest.kept_float:
         out.print(f"stays float: {kept.name} ({kept.reason})")
     for measured in (report or {}).get("measured", []):

@@ -287,13 +287,14 @@ def test_concurrent_signers_lose_nothing(publisher: Publisher, tmp_path: Path) -
         publish(publisher.store, version=version, fresh=[0], groups=1, shard_bytes=10)
 
     def one(version: int) -> Signed:
-        return publisher.sign(tags={"latest": version, f"v{version}": version})
+        return publisher.sign(tags={"latest": version, f"v{version}": version}, backwards="skip")
 
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(one, range(1, 13)))
     assert sorted(signed.edition for signed in done)[-1] == 12
     device = publisher.device(tmp_path / "cache")
     assert [device.resolve("net", f"v{version}").manifest.version for version in range(1, 13)] == list(range(1, 13))
+    assert device.resolve("net", "latest").manifest.version == 12  # whoever came last
     timestamp = json.loads(publisher.store.get(trust_key("net", "timestamp")))
     assert timestamp["signed"]["meta"]["snapshot.json"]["version"] == 12
 
