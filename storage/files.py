@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -18,10 +19,15 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: as ``open`` does; a folder, a pipe, a socket or a device is ``IsADirectoryError``. (Opening a pipe
             would wait for its writer, a device may never end: open(2), O_NONBLOCK.)
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path)) from error
+        raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise IsADirectoryError(21, "not a regular file", str(path))
+            raise IsADirectoryError(errno.EISDIR, "not a regular file", str(path))
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)

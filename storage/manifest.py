@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -202,9 +203,8 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [layer.name for layer in self.layers]
-        if len(set(names)) != len(names):
-            raise ValueError(f"layer {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        if (twice := first_repeated(layer.name for layer in self.layers)) is not None:
+            raise ValueError(f"layer {twice!r} stands twice")
         # A layer may have fewer levels than its group: then the group's further shards do not hold it.
         weights = [[0] * len(group.levels) for group in self.groups]
         for layer in self.layers:
@@ -240,6 +240,16 @@ class Manifest(Record):
     def level_count(self) -> int:
         """Return the number of levels; 2 for one nesting."""
         return max((len(group.levels) for group in self.groups), default=1)
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that stood before, or None; one pass over however many there are."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def piece_key(layer: str, start: int, stop: int, level: int) -> str:

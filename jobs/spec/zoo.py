@@ -26,7 +26,7 @@ from jobs.spec.job import (
     Section,
     StoreSpec,
 )
-from storage.manifest import ModelName
+from storage.manifest import ModelName, first_repeated
 from workers.errors import nearest
 
 LIBRARIES = ("timm", "pytorchcv")
@@ -159,9 +159,7 @@ def expand(spec: ZooSpec, *, folder: Path) -> list[ZooJob]:
         for recipe in recipes_of(spec)
         if entry.recipes is None or recipe.name in entry.recipes
     ]
-    names = [job.spec.name for job in jobs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
+    if (twice := first_repeated(job.spec.name for job in jobs)) is not None:
         raise SpecError(f"models: two jobs would publish under the name {twice!r}; give their recipes other names.")
     return sorted(jobs, key=lambda job: -job.priority)
 

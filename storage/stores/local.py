@@ -34,6 +34,7 @@ from storage.errors import (
     StoreUnavailable,
     UnsafeStore,
 )
+from storage.files import open_regular
 from storage.layout import CACHE_MARKER
 from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
 
@@ -79,26 +80,26 @@ class LocalStore(BlobStore):
     @override
     def head(self, key: str) -> ObjectInfo:
         with self._errors(key):
-            path = self._path(key)
-            if path.is_dir():
-                raise FileNotFoundError(path)
-            return _info(key, path.stat())
+            found = self._path(key).stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise IsADirectoryError(self._path(key))
+            return _info(key, found)
 
     @override
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
-        with self._errors(key), self._path(key).open("rb") as file:
+        with self._errors(key), open_regular(self._path(key)) as file:
             check_limit(key, os.fstat(file.fileno()).st_size, max_bytes)
             return file.read()
 
     @override
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        with self._errors(key), self._path(key).open("rb") as file:
+        with self._errors(key), open_regular(self._path(key)) as file:
             file.seek(start)
             return file.read(length)
 
     @override
     def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
-        with self._errors(key), self._path(key).open("rb") as file:
+        with self._errors(key), open_regular(self._path(key)) as file:
             seen = _info(key, os.fstat(file.fileno())).etag
             if etag is not None and seen != etag:
                 raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
@@ -249,7 +250,9 @@ class LocalStore(BlobStore):
         """Turn the operating system's errors into the store's."""
         try:
             yield
-        except (FileNotFoundError, IsADirectoryError):
+        except IsADirectoryError:
+            raise NotFound(f"{key}: no object in {self.uri}, but something else that is no file", key=key) from None
+        except FileNotFoundError:
             raise NotFound(f"{key}: no such object in {self.uri}", key=key) from None
         except PermissionError as error:
             raise AccessDenied(

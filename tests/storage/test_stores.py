@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,30 @@ class TestLocal(SwapContract):
         os.utime(foreign, (0, 0))
         LocalStore(tmp_path).put("a", b"x", mode="create")
         assert foreign.read_bytes() == b"not ours"
+
+    @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device"])
+    def test_what_is_no_file_is_no_object_and_nobody_waits_for_it(self, tmp_path: Path, kind: str) -> None:
+        store, path = LocalStore(tmp_path), tmp_path / "tag"
+        with socket.socket(socket.AF_UNIX) as bound:
+            match kind:
+                case "pipe":
+                    os.mkfifo(path)
+                case "socket":
+                    bound.bind(os.path.relpath(path))  # a longer path does not fit
+                case "folder":
+                    path.mkdir()
+                case "device":
+                    path.symlink_to("/dev/zero")
+            for read in (
+                store.get,
+                store.head,
+                lambda key: list(store.stream(key)),
+                lambda key: store.get_range(key, 0, 4),
+            ):
+                with pytest.raises(NotFound, match=r"^tag: no"):
+                    read("tag")
+            assert list(store.list()) == []
+            assert not store.exists("tag")
 
     def test_leftovers_are_not_looked_for_behind_a_link(self, tmp_path: Path) -> None:
         elsewhere, store = tmp_path / "elsewhere", tmp_path / "store"

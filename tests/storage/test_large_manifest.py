@@ -1,0 +1,48 @@
+"""A manifest of a stranger's making costs no more than its size."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from storage.errors import InvalidManifest
+from storage.manifest import canonical_json, first_repeated, parse_manifest
+from storage.registry import Registry
+from storage.stores.memory import MemoryStore
+from tests.storage.artifacts import make_draft
+
+
+def document(layers: int, *, twice: bool) -> bytes:
+    draft = make_draft(Registry(MemoryStore("large")), groups=1).model_dump(mode="json")
+    layer, group = draft["layers"][0], draft["groups"][0]
+    names = [f"layer{number}" for number in range(layers)]
+    if twice:
+        names[-1] = names[0]
+    draft["layers"] = [{**layer, "name": name, "parameter": f"{name}.weight"} for name in names]
+    for shard in group["levels"]:
+        shard["decoded_bytes"] *= layers
+    draft["version"] = 1
+    return canonical_json(draft)
+
+
+def test_a_name_that_stands_twice_among_60000_is_found_in_one_pass() -> None:
+    costs = []
+    for layers in (6_000, 60_000):
+        raw = document(layers, twice=True)
+        begin = time.process_time()
+        with pytest.raises(InvalidManifest, match="layer 'layer0' stands twice"):
+            parse_manifest(raw, name="net", version=1)
+        costs.append(time.process_time() - begin)
+    assert costs[1] < 40 * costs[0], "ten times the layers: not a hundred times the work"
+
+
+def test_as_many_layers_with_names_of_their_own_are_read() -> None:
+    assert len(parse_manifest(document(20_000, twice=False), name="net", version=1).layers) == 20_000
+
+
+def test_the_first_repeated_name() -> None:
+    assert first_repeated([]) is None
+    assert first_repeated(["a", "b", "c"]) is None
+    assert first_repeated(iter(["a", "b", "a", "b"])) == "a"
+    assert first_repeated(["a", "b", "b", "a"]) == "b"
