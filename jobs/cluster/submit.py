@@ -22,8 +22,8 @@ from jobs.cluster.record import TERMINAL, Attempt, End, JobRecord, Progress, Sta
 from jobs.cluster.request import request_digest
 from jobs.errors import ClusterError, JobError
 from jobs.spec.job import JobSpec
-from storage.digest import digest_bytes, digest_hex
-from storage.stores.blob_store import BlobStore
+from storage.digest import digest_file, digest_hex, file_version
+from storage.stores.blob_store import BlobStore, is_key
 from storage.stores.local import LocalStore
 from storage.stores.uri import open_store
 
@@ -163,8 +163,13 @@ def submit(spec: JobSpec, address: str) -> tuple[JobRecord, Attempt, bool]:
     """
     cluster = Cluster(address)
     store = open_store(_absolute(spec.store.uri))
-    record = JobRecord(store, request_digest(spec))
-    record.ask(portable(spec, store))
+    request = request_digest(spec)
+    record, moved = JobRecord(store, request), portable(spec, store)
+    if request_digest(spec) != request:
+        raise JobError(
+            "A file of the spec was written to while it was submitted; wait for its writer and submit again."
+        )
+    record.ask(moved)
     state = job_state(record)
     if state.attempt is not None and (state.status not in TERMINAL or state.status == "SUCCEEDED"):
         return record, state.attempt, False
@@ -254,8 +259,9 @@ def cancel(record: JobRecord) -> JobState:
 def portable(spec: JobSpec, store: BlobStore) -> JobSpec:
     """Return the spec with inputs where workers on other machines find them.
 
-    Local files go into the store under ``inputs/``, named by their digest. A store that is itself a folder is taken to
-    be one that all machines share, and so are the folders beside it: then paths become absolute, and that is all.
+    Local files go into the store under ``inputs/``, named by their digest, part by part. A store that is itself a
+    folder is taken to be one that all machines share, and so are the folders beside it: then paths become absolute, and
+    that is all.
     """
     document: dict[str, Any] = spec.model_dump(mode="json")
     document["store"]["uri"] = store.uri
@@ -273,10 +279,15 @@ def _reachable(uri: str, store: BlobStore, key: str) -> str:
         return str(path)
     if path.is_dir():
         raise JobError(f"{key}: {uri} is a folder on this machine; give a tar, an npz or an s3:// URI.")
-    data = path.read_bytes()
-    name = f"inputs/{digest_hex(digest_bytes(data))}{path.suffix.lower()}"
+    version, digest = file_version(path.stat()), digest_file(path)
+    # Under its own name, for messages, where a store may hold it.
+    plain = path.name.lower()
+    name = f"inputs/{digest_hex(digest)}/{plain if is_key(plain) else f'file{path.suffix.lower()}'}"
     if not store.exists(name):
-        store.put(name, data, mode="overwrite")
+        store.put_file(name, path)
+        if file_version(path.stat()) != version:
+            store.delete(name)  # it may hold something else than its name says
+            raise JobError(f"{key}: {uri} was written to while it was read; wait for its writer and submit again.")
     place, question, parameters = store.uri.partition("?")
     return f"{place.rstrip('/')}/{name}{question}{parameters}"
 

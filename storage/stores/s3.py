@@ -145,17 +145,10 @@ class S3Store(BlobStore):
     def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
         return self._read(key, self._name(key), start=start, etag=etag)
 
-    def download(self, path: Path) -> Path:
-        """Write the one object that the URI itself names (``s3://bucket/model.safetensors``) to ``path``; return it."""
+    def own_object(self) -> Iterator[bytes]:
+        """Yield the one object that the URI itself names (``s3://bucket/model.safetensors``), as ``stream`` does."""
         name = self.prefix.rstrip("/")
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            with partial.open("wb") as file:
-                for piece in self._read(name, name):
-                    file.write(piece)
-            return partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        return self._read(name, name)
 
     def _read(
         self,

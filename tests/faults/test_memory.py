@@ -1,4 +1,4 @@
-"""Memory does not grow with the artifact: a process pulls it over HTTP, signature included, and its peak is read."""
+"""Memory does not grow with what is moved: a process pulls an artifact, sends a checkpoint, and its peak is read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from storage.signing.metadata import sign
 from storage.signing.root import create_root
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
+from tests.servers.s3_server import S3Server
 from tests.storage.device.artifacts import publish
 
 SHARD_BYTES = 4 << 20
@@ -48,3 +49,74 @@ def test_peak_memory(origin: Origin, tmp_path: Path, groups: int) -> None:
     assert received == sum(blob.size_bytes for blob in manifest.descriptors())
     assert (signed, whole, loaded) == (True, True, [])
     assert peak < (64 << 20) + 2 * SHARD_BYTES
+
+
+STREAMED = """
+import json, os, re, sys
+from pathlib import Path
+from jobs.cluster.submit import portable
+from jobs.spec.file import parse_spec
+from storage.stores.uri import open_store
+from workers.inputs.checkpoint import fetch
+document, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+spec, store = parse_spec(document, where="test"), open_store(document["store"]["uri"])
+list(store.list("nothing/"))  # boto3's own memory is not meant
+status = Path("/proc/self/status")
+before = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+moved = portable(spec, store).model.checkpoint
+path = fetch(moved, folder)
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+print(json.dumps([peak - before, path.name, path.stat().st_size]))
+"""
+
+
+def test_inputs_travel_part_by_part(moto_s3: S3Server, tmp_path: Path) -> None:
+    """A checkpoint of 400 MB goes into the store, and comes out of it, in a few MB of memory."""
+    checkpoint = tmp_path / "Model_Best.pth.tar"
+    with checkpoint.open("wb") as file:
+        file.truncate(400 << 20)
+    document = {
+        "name": "net",
+        "model": {"library": "timm", "arch": "test_resnet", "checkpoint": str(checkpoint)},
+        "store": {"uri": moto_s3.uri()},
+    }
+    argv = [sys.executable, "-c", STREAMED, json.dumps(document), str(tmp_path / "job")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown, name, size = json.loads(done.stdout)
+    print(f"grown by {grown / 2**20:.1f} MiB")
+    assert (name, size) == ("model_best.pth.tar", 400 << 20)
+    assert grown < 64 << 20
+
+
+COPIED = """
+import json, re, sys
+from pathlib import Path
+from workers.inputs.checkpoint import to_safetensors
+from workers.inputs.tensors import TensorReader, TensorSource
+status = Path("/proc/self/status")
+before = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
+weights = to_safetensors(Path(sys.argv[1]), Path(sys.argv[2]), ["a", "b"])
+digest = TensorReader(TensorSource(None, str(weights.path))).checked_digest()
+print(json.dumps(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1]) - before))
+"""
+
+
+def test_a_prefix_comes_off_a_safetensors_file_part_by_part(tmp_path: Path) -> None:
+    size = 200 << 20
+    header = json.dumps(
+        {
+            f"module.{name}": {"dtype": "F32", "shape": [size // 4], "data_offsets": [at * size, (at + 1) * size]}
+            for at, name in enumerate("ab")
+        }
+    ).encode()
+    with (tmp_path / "mine.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2 * size)
+    (tmp_path / "job").mkdir()
+    argv = [sys.executable, "-c", COPIED, str(tmp_path / "mine.safetensors"), str(tmp_path / "job")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout)
+    print(f"grown by {grown / 2**20:.1f} MiB")
+    assert grown < 64 << 20

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from storage.errors import NotFound
+from storage.stores.s3 import S3Store
 from storage.stores.uri import open_store
+from tests.servers.s3_server import S3Server
 from workers.errors import CheckpointError, ModelError
 from workers.inputs import networks
 from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file, to_safetensors
@@ -135,6 +138,10 @@ def test_an_object_of_any_store_is_fetched(tmp_path: Path) -> None:
         open_store(uri).put("jobs/a/images.npz", b"content", mode="create")
         path = fetch(stored_file(uri, "jobs/a/images.npz"), tmp_path)
         assert (path.name, path.read_bytes()) == ("images.npz", b"content")
+    # Two stores may call different files the same.
+    one, other = (stored_file(uri, "jobs/a/images.npz") for uri in ("memory://fetched", "memory://fetched2"))
+    open_store("memory://fetched2").put("jobs/a/images.npz", b"else", mode="create")
+    assert [fetch(uri, tmp_path).read_bytes() for uri in (one, other, one)] == [b"content", b"else", b"content"]
     odd = tmp_path / "a#b.npz"
     odd.write_bytes(b"plain")
     assert fetch(f"file://{odd}", tmp_path) == odd.resolve()
@@ -162,3 +169,15 @@ def test_pretrained_without_a_network_says_what_to_try(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HOME", "/nonexistent")
     with pytest.raises(ModelError, match=r"with its pretrained weights.*give model\.checkpoint instead"):
         networks.build("timm", "test_resnet.r160_in1k", pretrained=True)
+
+
+def test_an_s3_object_is_downloaded_once_whatever_its_owner_called_it(moto_s3: S3Server, tmp_path: Path) -> None:
+    place, _, query = moto_s3.uri().partition("?")
+    folder = open_store(f"{place}?{query}")
+    assert isinstance(folder, S3Store)
+    for content in (b"first", b"second"):
+        folder.client.put_object(Bucket=folder.bucket, Key=f"{folder.prefix}My Model.PTH", Body=content)
+        path = fetch(f"{place}/My%20Model.PTH?{query}", tmp_path / "job")
+        assert (path.name, path.read_bytes()) == ("My Model.PTH", b"first")  # what a job does sees the same bytes
+    with pytest.raises(NotFound, match=r"none\.pth: no such object"):
+        fetch(f"{place}/none.pth?{query}", tmp_path / "job")

@@ -4,8 +4,9 @@ dict.
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from storage.stores.s3 import S3Store
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
 from workers.inputs import networks
+from workers.inputs.files import reading, require_room, writing
 from workers.inputs.fit import check_fit
 from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader, TensorSource
 from workers.inputs.torch_file import file_kind, load_pickled
@@ -33,18 +35,23 @@ _SEEDED = threading.Lock()
 def fetch(uri: str, folder: Path) -> Path:
     """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
 
-    What ``stored_file`` names is downloaded from any store.
+    What ``stored_file`` names is downloaded from any store. What the folder holds of a URI already is not downloaded
+    again: all that a job does with it sees the same bytes.
+
+    Args:
+        uri: a path, file:///path, s3://bucket/path/to/file, or what ``stored_file`` returned.
+        folder: where downloads go, a folder of each URI's own.
 
     Raises:
         CheckpointError: there is no such file.
+        ScratchError: the folder cannot be written, or is full.
         storage.StorageError: the store refused.
 
     """
     store_uri, mark, key = uri.rpartition("#")
+    place = folder / hashlib.sha256(uri.encode()).hexdigest()[:16]
     if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
-        path = folder / key.rpartition("/")[2]
-        path.write_bytes(open_store(store_uri).get(key))
-        return path
+        return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
     if not uri.startswith("s3://"):
         path = Path(uri.removeprefix("file://")).expanduser()
         if not path.exists():
@@ -53,7 +60,25 @@ def fetch(uri: str, folder: Path) -> Path:
     store = open_store(uri)
     if not isinstance(store, S3Store) or not store.prefix:
         raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
-    return store.download(folder / Path(store.prefix.rstrip("/")).name)
+    return _downloaded(store.own_object(), place / Path(store.prefix.rstrip("/")).name)
+
+
+def _downloaded(pieces: Iterator[bytes], path: Path) -> Path:
+    """Write what comes piece by piece; under its name only when it is whole."""
+    if path.exists():
+        return path
+    partial, folder = path.with_name(f"{path.name}.partial"), path.parent
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = partial.open("wb")
+    try:
+        for piece in pieces:  # what a store raises is the store's
+            with writing(folder):
+                file.write(piece)
+    finally:
+        with writing(folder):
+            file.close()
+    return partial.replace(path)
 
 
 def stored_file(store_uri: str, key: str) -> str:
@@ -90,22 +115,26 @@ def to_safetensors(
     Raises:
         CheckpointError: it is no checkpoint, or holds no state dict.
     """
-    name = name or str(path)
-    kind = file_kind(path, name)
-    before = file_version(path.stat())
-    if kind == "safetensors":
-        reader = TensorReader(TensorSource(None, str(path), name=name))
-        found = unwrap(reader.tensors, wanted, TensorInfo, name=name, choice=choice)
-        if found.plain:
-            return Weights(path, found.notes)
-        return Weights(reader.copied(found.state, folder / "checkpoint.safetensors"), found.notes)
-    state = unwrap(load_pickled(path, name, kind), wanted, torch.Tensor, name=name, choice=choice)
-    for key, tensor in state.state.items():
-        _check_kind(name, key, tensor)
-    copy = save_state(state.state, folder / "checkpoint.safetensors")
-    if file_version(path.stat()) != before:
-        raise CheckpointError(f"{name} was written to while it was read; wait for its writer and run again.")
-    return Weights(copy, state.notes)
+    name, copy = name or str(path), folder / "checkpoint.safetensors"
+    with reading(name):
+        before = file_version(path.stat())
+        kind = file_kind(path, name)
+        if kind == "safetensors":
+            reader = TensorReader(TensorSource(None, str(path), name=name))
+            infos = unwrap(reader.tensors, wanted, TensorInfo, name=name, choice=choice)
+            if infos.plain:
+                return Weights(path, infos.notes)
+            require_room(folder, sum(info.size_bytes for info in infos.state.values()), f"A copy of {name}")
+            return Weights(reader.copied(infos.state, copy), infos.notes)
+        found = unwrap(load_pickled(path, name, kind), wanted, torch.Tensor, name=name, choice=choice)
+        for key, tensor in found.state.items():
+            _check_kind(name, key, tensor)
+        require_room(folder, sum(tensor.nbytes for tensor in found.state.values()), f"A copy of {name}")
+        with writing(folder):
+            save_state(found.state, copy)
+        if file_version(path.stat()) != before:
+            raise CheckpointError(f"{name} was written to while it was read; wait for its writer and run again.")
+    return Weights(copy, found.notes)
 
 
 def _check_kind(name: str, key: str, tensor: torch.Tensor) -> None:

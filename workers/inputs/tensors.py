@@ -28,6 +28,7 @@ from storage.digest import file_version
 from storage.layout import is_blob_key
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
+from workers.inputs.files import reading, writing
 from workers.inputs.values import check_values
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap
@@ -87,7 +88,7 @@ class _File:
 
     def __init__(self, source: TensorSource) -> None:
         self.path, self.source = Path(source.key), source
-        with self._reading():
+        with reading(str(source)):
             seen = self.path.stat()
         if not stat.S_ISREG(seen.st_mode):
             raise CheckpointError(f"{source} is no file; expected a checkpoint (.safetensors, .pth or .pt).")
@@ -103,7 +104,7 @@ class _File:
     @contextmanager
     def opened(self) -> Iterator[BufferedReader]:
         """Yield the open file; raise where it was written to meanwhile, or is another one."""
-        with self._reading(), self.path.open("rb") as stream:
+        with reading(str(self.source)), self.path.open("rb") as stream:
             self._check(stream)
             yield stream
             self._check(stream)
@@ -115,13 +116,6 @@ class _File:
     def changed(self) -> CheckpointError:
         """Return what is raised where the file is not the one that was opened."""
         return CheckpointError(f"{self.source} was written to while it was read; wait for its writer and run again.")
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(f"Cannot read the checkpoint {self.source}: {error.strerror or error}.") from error
 
 
 class _Stored:
@@ -277,12 +271,18 @@ class TensorReader:
             offset = span[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with self._file.opened() as stream, path.open("wb") as copy:
-            copy.write(struct.pack("<Q", len(text)) + text)
-            for _, info in ordered:
-                stream.seek(info.start)
-                for start in range(0, info.size_bytes, _PIECE_BYTES):
-                    copy.write(stream.read(min(_PIECE_BYTES, info.size_bytes - start)))
+        spans = [
+            (info.start + start, min(_PIECE_BYTES, info.size_bytes - start))
+            for _, info in ordered
+            for start in range(0, info.size_bytes, _PIECE_BYTES)
+        ]
+        with self._file.opened() as stream, writing(path.parent), path.open("wb") as copied:
+            copied.write(struct.pack("<Q", len(text)) + text)
+            for start, length in spans:
+                with reading(str(self.source)):
+                    stream.seek(start)
+                    piece = stream.read(length)
+                copied.write(piece)
         return path
 
     def check_unchanged(self) -> None:

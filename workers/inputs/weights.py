@@ -14,6 +14,7 @@ from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.inputs.checkpoint import pretrained_state, random_state, save_state
+from workers.inputs.files import writing
 from workers.inputs.tensors import TensorReader, TensorSource
 from workers.scratch import scratch
 
@@ -59,7 +60,8 @@ def make_weights(task: WeightsTask) -> MadeWeights:
             if task.random_seed is None
             else random_state(task.library, task.arch, kwargs, task.random_seed)
         )
-        path = save_state(state, place / "weights.safetensors")
+        with writing(place):
+            path = save_state(state, place / "weights.safetensors")
         del state
         what = "pretrained weights" if task.random_seed is None else f"weights of random_seed {task.random_seed}"
         reader = TensorReader(TensorSource(None, str(path), name=f"{task.library} {task.arch}, {what}"))
