@@ -42,7 +42,7 @@ def run_job(spec: JobSpec, executor: Executor, listen: Listener = lambda _: None
     clock = StageClock(listen)
     with scratch("job", tell=lambda text: listen(Event("note", "validate", message=text))) as folder:
         job = prepare(spec, executor, folder, clock)
-        for note in job.staged.notes:
+        for note in (*job.notes, *job.staged.notes):
             listen(Event("note", "plan", message=note))
         for run in STAGES:
             job = run(job, executor, clock)

@@ -47,7 +47,10 @@ def measure_published(
     """
     with scratch("evaluate", tell=lambda text: listen(Event("note", "evaluate", message=text))) as folder:
         images = open_images(fetch(data, folder))
-        images.require_labels()
+        images.require_classes(limit)
+        for note in (images.labelling.reading, images.labelling.left_out):
+            if note:
+                listen(Event("note", "evaluate", message=note))
         if cache is None:
             assert store is not None
             device = Device(folder / "cache", StoreSource(open_store(store)), unsigned=True)

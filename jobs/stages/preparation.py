@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.events import StageClock
@@ -33,7 +33,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         registry = Registry(open_store(spec.store.uri))
         _check_store(registry, single_writer=spec.store.single_writer)
         network = outline(spec.model)
-        images_digest, image_bytes = _check_images(spec, folder)
+        images = _check_images(spec, folder)
     with clock.stage("stage"):
         kept_in = None if executor.same_machine else registry
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
@@ -45,9 +45,10 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         folder=folder,
         staged=staged,
         plan=plan,
-        observation=Observation(staged.network, spec.calibration, images_digest),
-        image_bytes=image_bytes,
-        digest=spec.identity(source_digest=staged.source_digest, calibration_digest=images_digest),
+        observation=Observation(staged.network, spec.calibration, images.digest),
+        image_bytes=images.resident_bytes,
+        notes=images.notes,
+        digest=spec.identity(source_digest=staged.source_digest, calibration_digest=images.digest),
     )
     needs = task_needs(job, executor)
     executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
@@ -69,17 +70,30 @@ def _check_store(registry: Registry, *, single_writer: bool) -> None:
         )
 
 
-def _check_images(spec: JobSpec, folder: Path) -> tuple[str | None, int]:
-    """Open every image set named in the spec, so that a wrong path costs no work; return the calibration set's
-    digest, and what the largest set keeps in memory.
+@dataclass(frozen=True)
+class _Images:
+    """What is known of the spec's image sets: the calibration set's digest, what the largest set keeps in memory, and
+    what people should know of how they were read.
     """
-    resident_bytes = 0
+
+    digest: str | None
+    resident_bytes: int
+    notes: tuple[str, ...]
+
+
+def _check_images(spec: JobSpec, folder: Path) -> _Images:
+    """Open every image set named in the spec, so that a wrong path or label costs no work."""
+    digest, resident_bytes, notes = None, 0, list[str]()
     if spec.evaluate is not None:
         images = open_images(fetch(spec.evaluate.data, folder))
-        images.require_labels()
+        images.require_classes(spec.evaluate.limit)
+        images.check()
         resident_bytes = images.resident_bytes
-    if spec.calibration is None:
-        return None, resident_bytes
-    images = open_images(fetch(spec.calibration.data, folder))
-    digest = images.digest(min(spec.calibration.samples, len(images)))
-    return digest, max(resident_bytes, images.resident_bytes)
+        notes += [f"evaluate.data: {note}" for note in (images.labelling.reading, images.labelling.left_out) if note]
+    if spec.calibration is not None:
+        images = open_images(fetch(spec.calibration.data, folder))
+        images.check()
+        digest = images.digest(min(spec.calibration.samples, len(images)))
+        resident_bytes = max(resident_bytes, images.resident_bytes)
+        notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]
+    return _Images(digest, resident_bytes, tuple(notes))

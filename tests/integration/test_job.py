@@ -94,6 +94,19 @@ class Shuffled(InProcessExecutor):
             yield order[at], result
 
 
+def test_a_job_says_how_it_read_the_labels(published: tuple[JobResult, str], tiny_images: Path) -> None:
+    labels = np.load(tiny_images)["y"]
+    assert (labels.min(), labels.max(), len(set(labels.tolist()))) == (0, 9, 10)
+    assert published[0].notes[0] == "evaluate.data: 10 classes by the array 'y', 0 to 9"
+
+
+def test_a_set_with_one_label_costs_no_work(tiny_document: Document, tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", x=np.zeros((4, 32, 32, 3), np.uint8), y=np.full(4, 3))
+    with pytest.raises(DataError, match="has one label alone, 3"):
+        local(tiny_document(evaluate__data=str(tmp_path / "one.npz")))
+    assert not (tmp_path / "store" / "jobs").exists()
+
+
 @pytest.mark.parametrize("task_weights", [1, 30_000, 100_000_000])
 def test_neither_the_size_nor_the_order_of_tasks_changes_a_byte(
     published: tuple[JobResult, str], tiny_checkpoint: Path, tiny_images: Path, tmp_path: Path, task_weights: int

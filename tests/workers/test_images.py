@@ -132,7 +132,9 @@ def test_an_npz_with_the_wrong_arrays_names_them(tmp_path: Path) -> None:
 
 def test_evaluation_without_labels_says_what_is_needed(pixels: np.ndarray, tmp_path: Path) -> None:
     np.savez(tmp_path / "set.npz", x=pixels)
-    with pytest.raises(DataError, match=r"has no labels: evaluation needs labels\.csv"):
+    with pytest.raises(
+        DataError, match=r"has no labels: there is no array 'y' in the npz\. Evaluation needs labels\.csv"
+    ):
         open_images(tmp_path / "set.npz").require_labels()
 
 

@@ -1,32 +1,42 @@
 """Labelled or unlabelled images from a folder, a tar or an npz, read a few at a time.
 
-* folder: image files; labels from ``labels.csv`` (``file,...,label``), else from the sorted names of the sub-folders
-  (as torchvision's ImageFolder)
+* folder: image files; labels from ``labels.csv`` (``file,...,label``), else from the folders (`workers.inputs.labels`)
 * tar: the same, uncompressed or compressed; members are read on demand
-* npz: arrays ``x`` uint8 (N, H, W, C) and, for evaluation, ``y`` int (N,)
+* npz: `workers.inputs.arrays`
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
+import os
 import posixpath
+import stat
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 
-from workers.errors import DataError, printable
+from workers.errors import DataError, one_line, printable
+from workers.inputs.arrays import NpzReader, array_labels
+from workers.inputs.labels import (
+    IMAGE_SUFFIXES,
+    MAX_TABLE_BYTES,
+    TABLE,
+    Labelling,
+    Listing,
+    by_folders,
+    by_table,
+    is_image,
+    is_junk,
+    root_of,
+)
 from workers.inputs.networks import Preprocessing
 from workers.inputs.pixels import ImageFault, decode, image_boundary, to_input
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 class _Reader(Protocol):
@@ -35,22 +45,33 @@ class _Reader(Protocol):
 
     def load(self, index: int) -> Image.Image: ...
 
+    def check(self) -> None: ...
+
 
 @dataclass
 class ImageSet:
-    """Images by index; ``labels`` is None where none are to be had.
+    """Images by index, and what is known of their labels.
 
     ``skipped`` fills with ``(name, reason)`` as bad images are met.
     """
 
     path: Path
-    names: Sequence[str]
-    labels: Sequence[int] | None
+    labelling: Labelling
     reader: _Reader
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the images' names, in their order."""
+        return self.labelling.names
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """Return the images' labels; None where there are none, or none that are beyond doubt."""
+        return self.labelling.labels
 
     def batches(
         self, preprocessing: Preprocessing, *, batch_size: int, start: int = 0, stop: int | None = None
@@ -86,34 +107,74 @@ class ImageSet:
 
     def take(self, chosen: Sequence[int]) -> ImageSet:
         """Return the images at these places, in the order given."""
+        names = [self.names[index] for index in chosen]
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
-        return ImageSet(self.path, [self.names[index] for index in chosen], labels, _Chosen(self.reader, chosen))
+        return ImageSet(self.path, replace(self.labelling, names=names, labels=labels), _Chosen(self.reader, chosen))
 
     @property
     def resident_bytes(self) -> int:
         """Return what the set keeps in memory as long as it is open: all the images of an npz, none of a tar's."""
         return self.reader.resident_bytes
 
+    def check(self) -> None:
+        """Find out whether the set can be read as a whole, where that is its own question: an npz is one piece.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        self.reader.check()
+
     def require_labels(self) -> Sequence[int]:
         """Return the labels.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or none that are beyond doubt; it says why.
         """
         if self.labels is None:
             raise DataError(
-                f"{self.path} has no labels: evaluation needs labels.csv, a folder for each class, or 'y' in the npz."
+                f"{self.path} has no labels: {self.labelling.fault}. Evaluation needs labels.csv, a folder for each "
+                "class, or 'y' in the npz."
             )
         return self.labels
 
+    def require_classes(self, limit: int | None = None) -> Sequence[int]:
+        """Return the labels of the first ``limit`` images, or of all.
+
+        Raises:
+            DataError: there are none, or they are all the same, so that a constant answer would be right.
+        """
+        labels = self.require_labels()[:limit]
+        if len(set(labels)) < 2:
+            part = "" if len(labels) == len(self) else f" in its first {len(labels)} images"
+            reading = f" ({self.labelling.reading})" if self.labelling.reading else ""
+            raise DataError(
+                f"{self.path} has one label alone{part}, {labels[0]}{reading}: a network that always gives this answer "
+                "would be right. Give the folder above the folders of all classes, labels.csv, or more images."
+            )
+        return labels
+
     def digest(self, count: int | None = None) -> str:
-        """Return ``sha256:<hex>`` of the whole source and of how many of its images count, in order."""
+        """Return ``sha256:<hex>`` of the whole source and of how many of its images count, in order.
+
+        An image that cannot be opened counts as that.
+
+        Raises:
+            DataError: the machine cannot read a file now.
+        """
         hasher = hashlib.sha256(f"{len(self) if count is None else count}\n".encode())
-        files = [self.path] if self.path.is_file() else [self.path / name for name in self.names]
-        for file in files:
-            with file.open("rb") as stream:
-                hasher.update(hashlib.file_digest(stream, "sha256").digest())
+        if self.path.is_file():
+            hasher.update(_file_digest(self.path))
+        else:
+            for name in self.names:
+                try:
+                    with image_boundary(printable(name)):
+                        hasher.update(_file_digest(self.path / name))
+                except ImageFault:
+                    hasher.update(_NO_DIGEST)
         return f"sha256:{hasher.hexdigest()}"
+
+
+_NO_DIGEST = bytes(32)
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -132,12 +193,12 @@ def open_images(path: str | Path) -> ImageSet:
         return _open_folder(source)
     if not source.exists():
         raise DataError(f"No images at {path}: there is no such file or folder. Give a folder, a .tar or an .npz.")
+    if not source.is_file():
+        raise DataError(f"{path} is no file. Give a folder, a .tar or an .npz.")
     if source.suffix == ".npz":
-        return _open_npz(source)
-    try:
-        return _open_tar(source)
-    except tarfile.ReadError as error:
-        raise DataError(f"{path} is neither a folder, an .npz nor a tar ({error}).") from error
+        reader = NpzReader(source)
+        return ImageSet(source, array_labels(source, reader.shape[0]), reader)
+    return _open_tar(source)
 
 
 class _Chosen:
@@ -148,15 +209,8 @@ class _Chosen:
     def load(self, index: int) -> Image.Image:
         return self.reader.load(self.chosen[index])
 
-
-class _Npz:
-    def __init__(self, x: np.ndarray) -> None:
-        self.x = x
-        self.resident_bytes = x.nbytes
-
-    def load(self, index: int) -> Image.Image:
-        pixels = self.x[index]
-        return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
+    def check(self) -> None:
+        self.reader.check()
 
 
 class _Folder:
@@ -166,8 +220,11 @@ class _Folder:
         self.files = files
 
     def load(self, index: int) -> Image.Image:
-        with self.files[index].open("rb") as stream:
+        with _open_file(self.files[index]) as stream:
             return decode(stream)
+
+    def check(self) -> None:
+        """Find nothing: each image is a file of its own, and one that is broken is left out."""
 
 
 class _Tar:
@@ -183,64 +240,117 @@ class _Tar:
             raise ImageFault("not a regular file")
         return decode(stream)
 
-
-def _open_npz(path: Path) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if name in ("x", "y")}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as an npz: {error}") from error
-    x, y = found.get("x"), found.get("y")
-    if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4):
-        seen = "no array 'x'" if x is None else f"x is {x.dtype} {x.shape}"
-        raise DataError(f"{path}: {seen}; expected x as uint8 (N, H, W, C) or (N, H, W).")
-    if y is not None and y.shape != (len(x),):
-        raise DataError(f"{path}: y has shape {y.shape}; expected ({len(x)},), one label an image.")
-    labels = None if y is None else [int(label) for label in y]
-    return ImageSet(path, [f"x[{index}]" for index in range(len(x))], labels, _Npz(x))
+    def check(self) -> None:
+        """Find nothing: the list of members was read to its end when the archive was opened."""
 
 
 def _open_folder(path: Path) -> ImageSet:
-    names = sorted(
-        file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES
-    )
-    table = path / "labels.csv"
-    labels = _labels(names, table.read_text() if table.exists() else None, where=str(path))
-    names, kept = labels
-    return ImageSet(path, names, kept, _Folder([path / name for name in names]))
+    listing = _listing(path)
+    tables = [name for name in listing.others if posixpath.basename(name) == TABLE]
+    root = root_of(listing, tables)
+    labelling = by_folders(listing, root=root)
+    if root + TABLE in tables:
+        try:
+            with _open_file(path / root / TABLE) as stream:
+                content = stream.read(MAX_TABLE_BYTES + 1)
+        except (OSError, ImageFault) as error:
+            raise DataError(f"{path}: {root}{TABLE} cannot be read: {one_line(error)}.") from error
+        labelling = by_table(content, listing, root=root, where=str(path))
+    _require_images(labelling, path)
+    return ImageSet(path, labelling, _Folder([path / name for name in labelling.names]))
 
 
 def _open_tar(path: Path) -> ImageSet:
-    with tarfile.open(path) as archive:
-        members = {posixpath.normpath(member.name): member for member in archive.getmembers() if member.isfile()}
-        table = archive.extractfile(members["labels.csv"]) if "labels.csv" in members else None
-        text = table.read().decode() if table is not None else None
-    images = [name for name in members if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    names, labels = _labels(sorted(images), text, where=str(path))
-    return ImageSet(path, names, labels, _Tar(path, [members[name] for name in names]))
+    try:
+        with tarfile.open(path) as archive:
+            members = {posixpath.normpath(member.name).lstrip("/"): member for member in archive.getmembers()}
+            listing = _members(members)
+            tables = [name for name in listing.others if posixpath.basename(name) == TABLE]
+            root = root_of(listing, tables)
+            table = archive.extractfile(members[root + TABLE]) if root + TABLE in tables else None
+            content = table.read(MAX_TABLE_BYTES + 1) if table is not None else None
+    except tarfile.ReadError as error:
+        raise DataError(f"{path} is neither a folder, an .npz nor a tar ({printable(str(error))}).") from error
+    except Exception as error:  # a damaged archive raises errors of gzip, lzma, zlib, struct and the system
+        raise DataError(f"{path} cannot be read as a tar: {one_line(error)}.") from error
+    if content is None:
+        labelling = by_folders(listing, root=root)
+    else:
+        labelling = by_table(content, listing, root=root, where=str(path))
+    _require_images(labelling, path)
+    return ImageSet(path, labelling, _Tar(path, [members[name] for name in labelling.names]))
 
 
-def _labels(names: list[str], table: str | None, *, where: str) -> tuple[list[str], list[int] | None]:
-    """Return the names in their fixed order and their labels: from the table, else from the sub-folders, else
-    none.
+def _require_images(labelling: Labelling, path: Path) -> None:
+    if not labelling.names:
+        raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+
+
+def _listing(path: Path) -> Listing:
+    """Walk through a folder as ImageFolder does, links to folders included; a link to a folder that it lies in is left
+    out.
+
+    Raises:
+        DataError: a folder cannot be read.
     """
-    if not names:
-        raise DataError(f"{where} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    if table is not None:
-        rows = list(csv.DictReader(io.StringIO(table)))
-        try:
-            by_name = {row["file"]: int(row["label"]) for row in rows}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{where}: labels.csv needs the columns 'file' and 'label' (a whole number): {error!r}"
-            ) from error
-        present = set(names)
-        missing = [name for name in by_name if name not in present]
-        if missing:
-            raise DataError(f"{where}: labels.csv names {len(missing)} files that are not there, {missing[0]!r} first.")
-        return list(by_name), list(by_name.values())
-    folders = sorted({name.split("/")[0] for name in names if "/" in name})
-    if folders and all("/" in name for name in names):
-        index = {folder: label for label, folder in enumerate(folders)}
-        return names, [index[name.split("/")[0]] for name in names]
-    return names, None
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{path}: a folder cannot be read: {one_line(error)}.") from error
+
+    images: list[str] = []
+    folders: list[str] = []
+    others: list[str] = []
+    above: dict[str, frozenset[tuple[int, int]]] = {str(path): frozenset({_place(path)})}
+    for place, inner, files in os.walk(path, followlinks=True, onerror=refuse):
+        known = above.pop(place)
+        prefix = Path(place).relative_to(path).as_posix().removeprefix(".")
+        prefix = f"{prefix}/" if prefix else ""
+        kept = []
+        for name in inner:
+            identity = _place(Path(place, name))
+            if not is_junk(name) and identity not in known:
+                above[os.path.join(place, name)] = known | {identity}
+                kept.append(name)
+        inner[:] = kept
+        folders += [prefix + name for name in kept]
+        for name in files:
+            if not is_junk(name):
+                (images if is_image(name) else others).append(prefix + name)
+    return Listing(frozenset(images), folders, others)
+
+
+def _members(members: Mapping[str, tarfile.TarInfo]) -> Listing:
+    """List an archive; a link counts as what it leads to."""
+    names = [name for name in members if name != "." and not is_junk(name)]
+    files = [name for name in names if members[name].isfile() or members[name].islnk() or members[name].issym()]
+    folders: set[str] = set()
+    for name in names:
+        folder = name if members[name].isdir() else posixpath.dirname(name)
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = posixpath.dirname(folder)
+    images = frozenset(name for name in files if is_image(name))
+    return Listing(images, folders, [name for name in files if name not in images])
+
+
+def _place(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading; a pipe would be waited for without end.
+
+    Raises:
+        ImageFault: it is something else.
+    """
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ImageFault("not a regular file")
+    return stream
+
+
+def _file_digest(path: Path) -> bytes:
+    with _open_file(path) as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
