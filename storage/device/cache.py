@@ -28,12 +28,11 @@ from pydantic import Field
 
 from storage.device.errors import CacheBusy, CacheError, NotInstalled
 from storage.device.files import (
-    FILE_MODE,
     FOLDER_MODE,
     check_file,
     check_folder,
     disk_errors,
-    flush_folder,
+    flush,
     is_file,
     make_folder,
     read_file,
@@ -110,7 +109,7 @@ class Cache:
         with disk_errors(f"cache {self.root}"):
             check(self.root)  # before the lock is written
             self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-        lock = FileLock(self.root / "lock", timeout=timeout_s, mode=FILE_MODE)
+        lock = FileLock(self.root / "lock", timeout=timeout_s, mode=0o600)  # made so whatever the umask
         with disk_errors(str(self.root / "lock")):
             check_file(self.root / "lock")
             try:
@@ -203,7 +202,7 @@ class Cache:
             make_folder(self.root, final.parent)
             check_file(final)
             part.replace(final)
-            flush_folder(final.parent)
+            flush(final.parent)
             part.with_suffix(".etag").unlink(missing_ok=True)
 
     def discard(self, digest: str) -> int:

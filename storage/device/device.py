@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from storage.device.cache import Cache, State, blobs_of
-from storage.device.errors import ContentError, DeviceError, NotInstalled, NotOurs
+from storage.device.cache import Cache, Installed, State, blobs_of
+from storage.device.errors import ContentError, DeviceError, GaveUp, NotInstalled, NotOurs, SourceError, Untrusted
 from storage.device.install import Installation, moved, need_source
 from storage.device.pace import Pace
 from storage.device.report import Event, Moved, Phase, Reporter, Status, Verified
-from storage.device.resolve import Release, resolve_unsigned
+from storage.device.resolve import Release, resolve_unsigned, was_deleted
 from storage.device.retry import Retry
 from storage.device.soundness import drop, fault, wanted
 from storage.device.source import Documents, Source, StoreSource
 from storage.device.sweep import named, settle, sweep
+from storage.errors import VersionDeleted
 from storage.manifest import Descriptor, Manifest
 from storage.stores.local import LocalStore
+
+if TYPE_CHECKING:
+    from storage.device.trust import Trust
 
 
 @dataclass
@@ -31,13 +36,15 @@ class Device:
     """Models in one cache folder, and the source they come from.
 
     ``root_of_trust``: a root of the store (``storage.signing.root.create_root``), needed until the cache has pinned
-    one. ``unsigned=True`` takes the store's word instead: nothing is verified but digests. ``source=None``: offline;
-    everything but ``resolve``, ``pull`` and ``upgrade`` works.
+    one. ``unsigned=True`` takes the store's word instead: nothing is verified but digests, and a signed version is
+    replaced by an unsigned one with ``replace_signed=True`` alone. ``source=None``: offline; everything but
+    ``resolve``, ``pull`` and ``upgrade`` works.
     """
 
     root: Path
     source: Source | None = None
     unsigned: bool = False
+    replace_signed: bool = False
     root_of_trust: bytes | None = None
     retry: Retry = field(default_factory=Retry)
     pace: Pace = field(default_factory=Pace)
@@ -48,7 +55,7 @@ class Device:
         self._cache = Cache(Path(self.root))
 
     def resolve(self, name: str, ref: str = "latest") -> Release:
-        """Find a version by tag or number and check its manifest; nothing is written but trusted metadata."""
+        """Find a version by tag, number or digest and check its manifest; only trusted metadata is written."""
         if self.unsigned:
             return self._resolve(name, ref)
         with self._lock():
@@ -62,8 +69,8 @@ class Device:
         hashed. The version in use stays until the new one is whole, and then as the one to roll back to.
         """
         with self._lock():
-            release = self._resolve(name, ref)
-            state = self._cache.state(name)
+            release, state = self._resolve(name, ref), self._cache.state(name)
+            release = self._unless_signed(state, release)
             same = state.current is not None and state.current.digest == release.digest
             floor = state.current.level if state.current else 0
             wanted = floor if level is None else max(level, floor) if same else level
@@ -72,10 +79,12 @@ class Device:
     def upgrade(self, name: str, level: int | None = None) -> Moved:
         """Bring the low shards of the version in use up to ``level`` (default: all).
 
-        High shards never travel again, unless they are damaged: each that is here is hashed.
+        High shards never travel again, unless they are damaged: each that is here is hashed. Raises ``Untrusted`` or
+        ``VersionDeleted`` where the version was withdrawn since it was pulled.
         """
         with self._lock(name):
             state, current = self._cache.state(name), self._cache.current(name)
+            self._refuse_withdrawn(name, current)
             manifest = self._cache.manifest(name, current)
             target = _level(manifest, manifest.level_count() - 1 if level is None else level)
             raw = self._cache.manifest_bytes(name, current.digest)
@@ -195,13 +204,50 @@ class Device:
         return self._cache.blob_path(blob.digest)
 
     def _resolve(self, name: str, ref: str) -> Release:
-        tell = self._reporter(name)
-        documents = Documents(need_source(self.source), self.retry, self.pace, tell.retry)
         if self.unsigned:
-            return resolve_unsigned(documents, name, ref)
+            return resolve_unsigned(self._documents(name), name, ref)
+        return self._trust().resolve(self._documents(name), name, ref)
+
+    def _unless_signed(self, state: State, release: Release) -> Release:
+        """Let no version that nobody signed replace a signed one, unless that was said; the same bytes stay signed."""
+        current = state.current
+        if release.signed or current is None or not current.signed:
+            return release
+        if release.digest == current.digest:
+            return replace(release, signed=True)
+        if not self.replace_signed:
+            raise Untrusted(
+                f"{state.name} version {current.version} here is signed, and version {release.manifest.version} of the "
+                "source is taken unsigned; say --replace-signed, too, to give up the signature"
+            )
+        return release
+
+    def _refuse_withdrawn(self, name: str, current: Installed) -> None:
+        """Build no further on a version that its publisher took back; where nothing tells, say so and go on."""
+        if self.source is None:
+            return
+        if not current.signed:
+            if was_deleted(self._documents(name), name, current.version):
+                raise VersionDeleted(f"{name} version {current.version} was deleted from the source; pull another one")
+            return
+        try:
+            vouched = self._trust().vouches(self._documents(name), name, current.digest)
+        except (SourceError, GaveUp, Untrusted) as error:
+            self._reporter(name).warning(f"whether version {current.version} still counts is unknown: {error}")
+            return
+        if not vouched:
+            raise Untrusted(
+                f"{name} version {current.version} was withdrawn by its publisher and stays as it is; "
+                f"'nestquant pull {name}' brings the one that counts"
+            )
+
+    def _documents(self, name: str) -> Documents:
+        return Documents(need_source(self.source), self.retry, self.pace, self._reporter(name).retry)
+
+    def _trust(self) -> Trust:
         from storage.device.trust import Trust  # python-tuf takes 20 MB and 0.3 s
 
-        return Trust(self._cache.root / "trust", self.root_of_trust).resolve(documents, name, ref)
+        return Trust(self._cache.root, self.root_of_trust)
 
     def _install(self, state: State, release: Release, level: int) -> Moved:
         tell = self._reporter(state.name)

@@ -72,7 +72,7 @@ def make_folder(root: Path, folder: Path) -> None:
         make_folder(root, folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(FOLDER_MODE)
-        flush_folder(folder.parent)
+        flush(folder.parent)
 
 
 def read_file(path: Path, *, max_bytes: int) -> bytes:
@@ -116,13 +116,13 @@ def replace_file(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk (POSIX; a no-op where folders cannot be opened)."""
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk (POSIX; a no-op where folders cannot be opened)."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -32,7 +32,7 @@ _FILES: dict[Kind, re.Pattern[str]] = {
     "state": re.compile(rf"{_MODEL}/state\.json(?:\.new)?"),
     "manifest": re.compile(rf"{_MODEL}/manifests/{_HEX}\.json(?:\.new)?"),
     "trust": re.compile(
-        rf"trust/anchor\.(?:json|new)|trust/{_MODEL}/(?:(?:timestamp|snapshot|targets|root)\.json"
+        rf"trust/anchor\.(?:json|new|json\.new)|trust/{_MODEL}/(?:(?:timestamp|snapshot|targets|root)\.json"
         r"|root_history/[0-9]{1,9}\.root\.json|(?:root_history/)?tmp[a-z0-9_]{8})"
     ),
 }
@@ -138,10 +138,18 @@ def _published(root: Path) -> str | None:
     return None
 
 
-def _kind(name: str, mode: int, path: str) -> Kind | None:
+def is_ours(name: str) -> bool:
+    """Tell whether a path below a cache's root is that of a file of ours, whatever stands there."""
+    return _named(name) is not None
+
+
+def _named(name: str) -> Kind | None:
     kind = next((kind for kind, pattern in _FILES.items() if pattern.fullmatch(name)), None)
-    if kind is None or (kind != "marker" and not is_key(name)):
-        return None
+    return kind if kind == "marker" or is_key(name) else None
+
+
+def _kind(name: str, mode: int, path: str) -> Kind | None:
+    kind = _named(name)
     if stat.S_ISLNK(mode) and kind == "trust" and name.endswith("/root.json"):
         return kind if _ROOT_LINK.fullmatch(os.readlink(path)) else None
     return kind if stat.S_ISREG(mode) else None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-from storage.device.errors import SourceNotFound
+from storage.device.errors import DeviceError, SourceNotFound
 from storage.device.source import Documents
-from storage.digest import digest_bytes
+from storage.digest import digest_bytes, digest_hex
 from storage.document import parse_record
 from storage.errors import Corrupt, InvalidManifest, VersionDeleted
-from storage.layout import manifest_key, tag_key
+from storage.layout import MAX_VERSION, manifest_key, tag_key
 from storage.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from storage.registry import TagRecord, read_tombstone
+from storage.registry import TOMBSTONE_MAX_BYTES, TagRecord, read_tombstone
 
 _MAX_TAG_BYTES = 4096
 
@@ -27,7 +28,9 @@ class Release:
 
 
 def resolve_unsigned(documents: Documents, name: str, ref: str) -> Release:
-    """Resolve a tag or version number by the store's word alone: digests guard against damage, not against a liar."""
+    """Resolve a tag, number or digest by the store's word alone: digests guard against damage, not against a liar."""
+    if (digest := parse_digest(ref)) is not None:
+        return _resolve_digest(documents, name, digest)
     version = parse_version(ref)
     if version is not None:
         return parse_release(read_manifest(documents, name, version), name, version, signed=False)
@@ -42,6 +45,11 @@ def resolve_unsigned(documents: Documents, name: str, ref: str) -> Release:
 def parse_version(ref: str) -> int | None:
     """Return the version that ``ref`` names, or None where it is a tag."""
     return int(ref[:20]) if ref.isascii() and ref.isdigit() else None
+
+
+def parse_digest(ref: str) -> str | None:
+    """Return the manifest's digest that ``ref`` is, or None where it is a tag or number. Raises ``BadKey``."""
+    return f"sha256:{digest_hex(ref)}" if ref.startswith("sha256:") else None
 
 
 def read_manifest(documents: Documents, name: str, version: int, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
@@ -63,6 +71,35 @@ def parse_release(raw: bytes, name: str, version: int, *, signed: bool) -> Relea
             both = f"{sizes[blob.digest]} and {blob.size_bytes} bytes"
             raise InvalidManifest(f"manifest of {name} version {version}: {blob.digest} is said to have {both}")
     return Release(manifest, digest_bytes(raw), raw, signed)
+
+
+def was_deleted(documents: Documents, name: str, version: int) -> bool:
+    """Tell whether a tombstone stands under a version's number; False where that cannot be found out."""
+    try:
+        raw = documents.read(manifest_key(name, version), max_bytes=TOMBSTONE_MAX_BYTES)
+    except DeviceError:  # longer, for it is a manifest; not named by an index of URLs; or out of reach
+        return False
+    return read_tombstone(raw) is not None
+
+
+def _resolve_digest(documents: Documents, name: str, digest: str) -> Release:
+    """Look for the digest from the tagged version on: downwards, then upwards; numbers have no gap."""
+    try:
+        newest = _read_tag(documents, name, "latest").version
+    except SourceNotFound:
+        newest = 0
+    for version in itertools.chain(range(newest, 0, -1), range(newest + 1, MAX_VERSION + 1)):
+        try:
+            raw = read_manifest(documents, name, version)
+        except SourceNotFound:
+            if version > newest:
+                break
+            continue  # an index of URLs need not name them all
+        if digest_bytes(raw) == digest:
+            return parse_release(raw, name, version, signed=False)
+        if (tombstone := read_tombstone(raw)) is not None and tombstone.digest == digest:
+            raise VersionDeleted(f"{name} version {version}, of the digest {digest}, was deleted; choose another")
+    raise SourceNotFound(f"{name} has no version with the digest {digest} here; 'nestquant ls' shows what there is")
 
 
 def _read_tag(documents: Documents, name: str, tag: str) -> TagRecord:

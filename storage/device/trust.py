@@ -9,8 +9,6 @@ length is known, or bounded, before a byte is read.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,17 +16,19 @@ from pathlib import Path
 from typing import NoReturn
 
 from tuf.api import exceptions as tuf
-from tuf.api.metadata import TargetFile
+from tuf.api.metadata import Metadata, TargetFile, Targets
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from typing_extensions import override
 
 from storage.device.errors import SourceDenied, SourceNotFound, Untrusted
-from storage.device.files import disk_errors
-from storage.device.resolve import Release, parse_release, parse_version, read_manifest
+from storage.device.files import check_file, disk_errors, flush, is_file, make_folder, read_file, replace_file
+from storage.device.ownership import is_ours, walk
+from storage.device.resolve import Release, parse_digest, parse_release, parse_version, read_manifest
 from storage.device.source import Documents
+from storage.digest import digest_hex
 from storage.document import parse_json
-from storage.layout import manifest_key
+from storage.layout import manifest_key, versions_prefix
 from storage.signing.metadata import (
     MAX_SNAPSHOT_BYTES,
     MAX_TARGETS_BYTES,
@@ -53,53 +53,80 @@ _CONFIG = UpdaterConfig(
 
 @dataclass(frozen=True)
 class Trust:
-    """Resolves names by signed metadata alone. ``anchor``: a root of the store, needed the first time."""
+    """Resolves names by signed metadata alone.
 
-    folder: Path
+    ``root``: the cache, whose lock the caller holds. ``anchor``: a root of the store, needed the first time.
+    """
+
+    root: Path
     anchor: bytes | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where what was last trusted is kept."""
+        return self.root / "trust"
 
     def resolve(self, documents: Documents, name: str, ref: str) -> Release:
         """Return the release that the publisher's signature names. Raises ``Untrusted``, ``InvalidManifest``."""
-        version = parse_version(ref)
-        target = tag_target(name, ref) if version is None else manifest_key(name, version)
-        check_key(target)
+        digest, version = parse_digest(ref), parse_version(ref)
+        if digest is not None:
+            what, info = f"a version with the digest {ref}", _by_digest(self._targets(documents, name), name, digest)
+        else:
+            path = check_key(tag_target(name, ref) if version is None else manifest_key(name, version))
+            what, info = f"{'tag' if version is None else 'version'} {ref!r}", self._targets(documents, name).get(path)
+        if info is None:
+            raise Untrusted(f"{name}: nobody signed {what}")
+        return _read_release(documents, name, info)
+
+    def vouches(self, documents: Documents, name: str, digest: str) -> bool:
+        """Tell whether the publisher still stands by a version. Raises ``Untrusted`` where nothing signed tells."""
+        return _by_digest(self._targets(documents, name), name, digest) is not None
+
+    def _targets(self, documents: Documents, name: str) -> dict[str, TargetFile]:
+        """Return what the newest signed metadata of a model vouches for, by path."""
         folder = self.folder / "models" / name
+        check_key(f"models/{name}")
         with disk_errors(str(self.folder)):
             anchor = self._anchor()
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root, folder / "root_history")
+            self._check_files()
             try:
                 updater = _updater(folder, anchor, self._roots(), _Fetcher(documents, name))
                 updater.refresh()
-                info = updater.get_targetinfo(target)
+                targets: Metadata[Targets] = Metadata.from_bytes(
+                    read_file(folder / "targets.json", max_bytes=MAX_TARGETS_BYTES)
+                )
             except (tuf.RepositoryError, tuf.DownloadError) as error:
                 _explain(error, name)
             finally:
                 _flush(folder)
             _check_clock(folder, name)
-        if info is None:
-            raise Untrusted(f"{name}: nobody signed {'version' if version else 'tag'} {ref!r}")
-        return _read_release(documents, name, info)
+        return targets.signed.targets
 
     def _anchor(self) -> bytes:
         pinned = self.folder / "anchor.json"
-        if not pinned.exists():
+        if not is_file(pinned):
             if self.anchor is None:
-                raise Untrusted(f"{self.folder.parent} has no root of trust; give one (--trust root.json)")
+                raise Untrusted(f"{self.root} has no root of trust; give one (--trust root.json)")
             _check_anchor(self.anchor)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = pinned.with_suffix(".new")
-            temporary.write_bytes(self.anchor)
-            temporary.replace(pinned)
-            _flush(self.folder)
-        known = pinned.read_bytes()
+            make_folder(self.root, self.folder)
+            replace_file(pinned, self.anchor)
+        known = read_file(pinned, max_bytes=MAX_ROOT_BYTES)
         if self.anchor not in {None, known, *self._roots()}:
-            raise Untrusted(f"{self.folder.parent} trusts another root than the one given; use another cache for it")
+            raise Untrusted(f"{self.root} trusts another root than the one given; use another cache for it")
         return known
 
     def _roots(self) -> list[bytes]:
         """Return the verified roots of all models' folders, newest first: a key revoked for one is so for all."""
-        files = self.folder.glob("models/*/root_history/*.root.json")
-        return [path.read_bytes() for path in sorted(files, key=_root_version, reverse=True)]
+        files = [found.path for found in walk(self.root, "trust") if found.kind == "trust"]
+        roots = [path for path in files if path.parent.name == "root_history" and path.suffix == ".json"]
+        return [read_file(path, max_bytes=MAX_ROOT_BYTES) for path in sorted(roots, key=_root_version, reverse=True)]
+
+    def _check_files(self) -> None:
+        """Raise ``NotOurs`` where a link or pipe stands under a name that python-tuf would read or write."""
+        for found in walk(self.root, "trust"):
+            if found.kind is None and is_ours(found.name):
+                check_file(found.path)
 
 
 class _Fetcher(FetcherInterface):
@@ -135,6 +162,13 @@ def _updater(folder: Path, anchor: bytes, roots: list[bytes], fetcher: _Fetcher)
             if root is anchor:
                 raise
     raise AssertionError("unreachable: the anchor is the last one tried")
+
+
+def _by_digest(targets: dict[str, TargetFile], name: str, digest: str) -> TargetFile | None:
+    """Return the version whose manifest has this digest, if it is vouched for; a tag alone does not count."""
+    prefix = versions_prefix(name)
+    found = (file for path, file in targets.items() if path.startswith(prefix))
+    return next((file for file in found if file.hashes.get("sha256") == digest_hex(digest)), None)
 
 
 def _read_release(documents: Documents, name: str, info: TargetFile) -> Release:
@@ -181,8 +215,10 @@ def _check_clock(folder: Path, name: str) -> None:
 
     Those of older releases say when they were signed by their version alone, in milliseconds since 1970.
     """
-    signed = json.loads((folder / "timestamp.json").read_bytes())["signed"]
+    signed = parse_json(read_file(folder / "timestamp.json", max_bytes=MAX_TIMESTAMP_BYTES))["signed"]
     signed_s = signed.get(SIGNED_AT_FIELD, signed["version"] / 1000)
+    if isinstance(signed_s, bool) or not isinstance(signed_s, int | float):
+        raise Untrusted(f"{name}: the timestamp's {SIGNED_AT_FIELD} is {signed_s!r}, expected seconds since 1970")
     if time.time() < signed_s - _CLOCK_SLACK_S:
         raise Untrusted(
             f"{name}: this machine's clock is {signed_s - time.time():.0f} s behind the publisher's; set it"
@@ -203,10 +239,6 @@ def _root_version(path: Path) -> int:
 
 def _flush(folder: Path) -> None:
     """Flush what python-tuf wrote: a power cut must not forget what was trusted."""
-    for path in [*folder.rglob("*.json"), folder]:
-        if os.name == "posix" and path.exists():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in [*folder.glob("*.json"), *folder.glob("root_history/*.json"), folder / "root_history", folder]:
+        if is_file(path) or path.is_dir():
+            flush(path)

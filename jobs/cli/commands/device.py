@@ -27,6 +27,9 @@ Source = Annotated[
 ]
 Level = Annotated[int | None, typer.Option("--level", min=0, help="0 is part-bit, the highest is full-bit.")]
 AllowUnsigned = Annotated[bool, typer.Option("--allow-unsigned", help="Take the store's word for what a version is.")]
+ReplaceSigned = Annotated[
+    bool, typer.Option("--replace-signed", help="With --allow-unsigned: an unsigned version may replace a signed one.")
+]
 Trust = Annotated[
     Path | None, typer.Option("--trust", help="The publisher's root of trust (root.json); the folder remembers it.")
 ]
@@ -53,6 +56,7 @@ def pull(
     level: Level = None,
     trust: Trust = None,
     allow_unsigned: AllowUnsigned = False,
+    replace_signed: ReplaceSigned = False,
     max_rate: Rate = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +66,13 @@ def pull(
     """
     name, ref = split_ref(model)
     device = _device(
-        cache, source, unsigned=allow_unsigned, root=_root_of_trust(trust), max_rate=max_rate, quiet=as_json
+        cache,
+        source,
+        unsigned=allow_unsigned,
+        replace_signed=replace_signed,
+        root=_root_of_trust(trust),
+        max_rate=max_rate,
+        quiet=as_json,
     )
     _report(device, device.pull(name, ref, level=level), as_json=as_json)
 
@@ -153,6 +163,7 @@ def _device(
     source: str | None = None,
     *,
     unsigned: bool = False,
+    replace_signed: bool = False,
     root: bytes | None = None,
     max_rate: int | None = None,
     quiet: bool = True,
@@ -163,6 +174,7 @@ def _device(
         cache,
         None if source is None else open_source(source),
         unsigned=unsigned,
+        replace_signed=replace_signed,
         root_of_trust=root,
         pace=Pace(max_rate) if max_rate else Pace(),
         on_event=(lambda _: None) if quiet else _Progress(),

@@ -6,14 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from storage.device import Device, Retry, StoreSource
+from storage.device import Device, StoreSource
 from storage.device.errors import DeviceError, SourceError, Untrusted
 from storage.errors import InvalidManifest
 from storage.layout import manifest_key
@@ -24,34 +23,9 @@ from storage.stores.blob_store import Data, ObjectInfo, PutMode
 from storage.stores.local import LocalStore
 from storage.stores.memory import MemoryStore
 from tests.storage.device.artifacts import publish
+from tests.storage.device.signed import Publisher
 
 PAST = Lives(timestamp=timedelta(seconds=-1))
-
-
-@dataclass
-class Publisher:
-    """A store with a root of trust, and the private keys behind it."""
-
-    store: LocalStore
-    root: CryptoSigner
-    publisher: CryptoSigner
-    online: CryptoSigner
-    anchor: bytes
-
-    def sign(self, name: str = "net", **options: object) -> Signed:
-        return sign(self.store, name, [self.publisher, self.online], **options)  # type: ignore[arg-type]
-
-    def device(self, folder: Path, anchor: bytes | None = None) -> Device:
-        retry = Retry(attempts=2, base_s=0.001)
-        return Device(folder, StoreSource(self.store), root_of_trust=anchor or self.anchor, retry=retry)
-
-
-@pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    store = LocalStore(tmp_path / "store")
-    root, targets, online = (CryptoSigner.generate_ed25519() for _ in range(3))
-    anchor = create_root(store, [root], publishers=[targets.public_key], online=[online.public_key])
-    return Publisher(store, root, targets, online, anchor)
 
 
 @pytest.fixture
