@@ -26,10 +26,13 @@ from storage.errors import Damaged
 from storage.files import open_regular, read_verified
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
-from workers.errors import ArtifactError, shown
+from workers.errors import ArtifactError, ModelError, shown
 from workers.inputs import networks
 
 BlobPath = Callable[[Descriptor], Path]
+
+_REGISTERED_MORE = 4
+"""A network may register a tensor anew while it is built (a classifier that is replaced), and has buffers too."""
 
 
 @dataclass
@@ -179,6 +182,7 @@ def load(
         ArtifactError: a file is not here; a tensor is missing, too many, or has the wrong length.
         storage.StorageError: a file is damaged, or is no shard.
     """
+    _check_outline(manifest)
     network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
     blobs = _Blobs(manifest, blob_path, verify=verify)
     _load_base(network, manifest, blobs)
@@ -202,6 +206,31 @@ def load(
     model = NestedModel(network.eval(), manifest, blob_path, verify=verify)
     model.upgrade(level)
     return model
+
+
+def _check_outline(manifest: Manifest) -> None:
+    """Build the network that the manifest describes without memory, and compare: a manifest is a stranger's word, and
+    what its arguments ask for is taken only where it is what its layers and its count say.
+    """
+    model, where = manifest.model, f"{manifest.name} version {manifest.version}"
+    most = _REGISTERED_MORE * (model.parameters + 1_000_000)
+    try:
+        outline = networks.build(model.library, model.arch, model.kwargs, meta=True, most_values=most)
+    except ModelError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    count = sum(parameter.numel() for parameter in outline.parameters())
+    if count != model.parameters:
+        raise ArtifactError(
+            f"{where}: {model.arch} with the manifest's arguments has {count:,} parameters, the manifest says "
+            f"{model.parameters:,}."
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
+    for record in manifest.layers:
+        if shapes.get(record.parameter) != record.shape:
+            raise ArtifactError(
+                f"{where}: layer {record.name!r}: the network's {record.parameter!r} is "
+                f"{shapes.get(record.parameter, 'not there')}, the manifest says {record.shape}."
+            )
 
 
 def _load_base(network: nn.Module, manifest: Manifest, blobs: _Blobs) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from storage.manifest import ModelName, Scheme, canonical_json
+from workers.errors import ModelError
+from workers.inputs.arguments import check_arguments
 
 METHOD_VERSION = 2
 """Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
@@ -31,6 +33,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_arguments(kwargs)
+    except ModelError as error:
+        raise ValueError(str(error).removeprefix("model.kwargs.").rstrip(".")) from error
+    return kwargs
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_checked_arguments)]
+
+
 class ModelSpec(Section):
     """Which network, and where its weights come from.
 
@@ -41,7 +54,7 @@ class ModelSpec(Section):
 
     library: Literal["timm", "pytorchcv"]
     arch: str
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: Arguments = Field(default_factory=dict)
     checkpoint: str | None = None
     weights: Literal["ema", "model"] | None = None
     pretrained: bool = False

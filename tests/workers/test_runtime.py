@@ -230,3 +230,30 @@ def test_a_thousand_loads_and_switches_against_another_process(device: Device, s
     worked, refused = check_against_a_second_process(device, store, expected, 1000)
     assert worked + refused == 2500
     assert min(worked, refused) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_classes": 2_000_000_000}, r"test_resnet with these arguments has more than [\d,]+ values"),
+        ({"num_classes": 11}, r"test_resnet with the manifest's arguments has \d+,\d+ parameters, the manifest says"),
+        ({"checkpoint_path": "/etc/passwd"}, r"model\.kwargs\.checkpoint_path: an argument about files"),
+        ({"in_chans": 10**11}, r"timm could not build|has more than"),
+    ],
+)
+def test_a_manifest_that_describes_another_network_is_refused_before_memory_is_taken(
+    device: Device, changes: dict[str, Any], told: str
+) -> None:
+    manifest = device.manifest("tiny")
+    model = manifest.model.model_copy(update={"kwargs": {**manifest.model.kwargs, **changes}})
+    with pytest.raises(ArtifactError, match=rf"tiny version 1: .*{told}"):
+        runtime.load(manifest.model_copy(update={"model": model}), device.blob_path)
+
+
+def test_a_layer_of_another_shape_is_refused_by_name(device: Device) -> None:
+    manifest = device.manifest("tiny")
+    layer = manifest.layers[3]
+    other = layer.model_copy(update={"shape": (*layer.shape[:-1], layer.shape[-1] + 1)})
+    layers = tuple(other if one is layer else one for one in manifest.layers)
+    with pytest.raises(ArtifactError, match=rf"layer '{layer.name}': the network's '{layer.parameter}' is \("):
+        runtime.load(manifest.model_copy(update={"layers": layers}), device.blob_path)

@@ -6,6 +6,7 @@ timm and pytorchcv are imported here alone.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from workers.errors import ModelError, nearest
+from workers.inputs.arguments import check_arguments
+from workers.inputs.budget import bounded
 
 Library = Literal["timm", "pytorchcv"]
 
@@ -45,7 +48,13 @@ class Preprocessing:
 
 
 def build(
-    library: str, arch: str, kwargs: dict[str, Any] | None = None, *, pretrained: bool = False, meta: bool = False
+    library: str,
+    arch: str,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    pretrained: bool = False,
+    meta: bool = False,
+    most_values: float = math.inf,
 ) -> nn.Module:
     """Build a network in eval mode.
 
@@ -55,14 +64,17 @@ def build(
         kwargs: passed on to the library (``num_classes``, ``img_size`` ...).
         pretrained: load the library's own weights; the library downloads them.
         meta: build on the meta device: shapes and structure without memory.
+        most_values: how many values of parameters and buffers may be registered on the way.
 
     Raises:
-        ModelError: the library does not know the name, or refuses the arguments.
+        ModelError: the library does not know the name, or refuses the arguments; an argument is about files, addresses
+            or pretrained weights; the network is larger than allowed.
     """
     arguments = dict(kwargs or {})
+    check_arguments(arguments)
     place = torch.device("meta") if meta else contextlib.nullcontext()
     try:
-        with place:
+        with place, bounded(arch, most_values):
             if library == "timm":
                 model = _timm(arch, arguments, pretrained=pretrained)
             elif library == "pytorchcv":
