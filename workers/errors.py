@@ -52,7 +52,7 @@ class ScratchError(WorkError):
         """Return what an error of the operating system in the temporary folder ``place`` comes to."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ScratchFull(f"No room in the temporary folder {place}; free some, or set TMPDIR to a larger one.")
-        told = error.strerror or str(error)
+        told = system_line(error)
         return ScratchError(f"The temporary folder {place}: {told}; set TMPDIR to a folder that can be written.")
 
 
@@ -116,6 +116,11 @@ def printable(text: str, *, most: int = 300) -> str:
     """Return text that fits into one line of a message: no control characters, no halves of characters, cut short."""
     clean = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
     return clean if len(clean) <= most else f"{clean[:most]}..."
+
+
+def system_line(error: OSError) -> str:
+    """Return what the operating system said, in one line."""
+    return printable(str(error.strerror or "")).strip() or one_line(error)
 
 
 def one_line(error: BaseException) -> str:

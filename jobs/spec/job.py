@@ -7,12 +7,16 @@ is read.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from storage.errors import BadKey
+from storage.layout import manifest_key, tag_key
 from storage.manifest import ModelName, Scheme, canonical_json
+from storage.stores.blob_store import check_key
 from workers.errors import ModelError
 from workers.inputs.arguments import check_arguments
 
@@ -238,6 +242,13 @@ class StoreSpec(Section):
     )
     single_writer: bool = False
 
+    @field_validator("tags")
+    @classmethod
+    def _storable(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        for tag in tags:
+            check_storable(tag_key, "name", tag)
+        return tags
+
 
 class ClusterSpec(Section):
     """How the work is spread.
@@ -267,6 +278,12 @@ class JobSpec(Section):
     evaluate: EvaluateSpec | None = None
     analysis: AnalysisSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
+
+    @field_validator("name")
+    @classmethod
+    def _storable(cls, name: str) -> str:
+        check_storable(manifest_key, name, 1)
+        return name
 
     @model_validator(mode="after")
     def _calibrated(self) -> Self:
@@ -326,6 +343,16 @@ class JobSpec(Section):
             "shard_bytes": self.store.shard_bytes,
         }
         return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+
+
+def check_storable(key: Callable[..., str], *arguments: object) -> None:
+    """Raise ValueError where a key cannot be made of the arguments, or no store may hold it: before work, not when it
+    is written.
+    """
+    try:
+        check_key(key(*arguments))
+    except BadKey as error:
+        raise ValueError(str(error)) from error
 
 
 def check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:

@@ -44,11 +44,20 @@ class Plan:
     base: tuple[BaseTask, ...]
     kept_float: tuple[FloatRecord, ...]
     tasks: tuple[tuple[Unit, ...], ...]
+    base_bytes: int
 
     @property
     def weights(self) -> int:
         """Return the number of weights that are quantized."""
         return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Return what the version's blobs take, at most: packed integers of all levels, and what stays float; scales
+        and headers left out.
+        """
+        bits = sum(math.prod(layer.shape) * sum(NestConfig(bits=layer.bits).level_bits) for layer in self.layers)
+        return bits // 8 + self.base_bytes
 
     @property
     def whole_layers(self) -> tuple[PieceTask, ...]:
@@ -113,10 +122,10 @@ def make_plan(
     groups, pieces = _group(chosen, spec.store.shard_bytes)
     layers = tuple(_record(layer, pieces[layer.site.name]) for layer in chosen)
     quantized = {key for layer in chosen for key in layer.site.state_keys}
-    base = _base_tasks(
-        {name: size for name, (_, size) in state.items() if name not in quantized}, spec.store.shard_bytes
-    )
-    return Plan(layers, groups, base, tuple(kept), _bundle([*groups, *base], spec.cluster.task_weights))
+    sizes = {name: size for name, (_, size) in state.items() if name not in quantized}
+    base = _base_tasks(sizes, spec.store.shard_bytes)
+    tasks = _bundle([*groups, *base], spec.cluster.task_weights)
+    return Plan(layers, groups, base, tuple(kept), tasks, base_bytes=sum(sizes.values()))
 
 
 def _check_patterns(recipe: QuantizeSpec, names: Sequence[str]) -> None:

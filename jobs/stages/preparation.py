@@ -19,6 +19,7 @@ from storage.stores.capabilities import has_create_only
 from storage.stores.uri import open_store
 from workers.executor import Executor
 from workers.inputs.checkpoint import fetch
+from workers.inputs.files import require_room
 from workers.inputs.images import open_images
 
 
@@ -39,6 +40,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
     with clock.stage("plan"):
         plan = plan_of(spec, staged)
+        require_room(folder, plan.stored_bytes, "The version, pulled back to be checked,")
     job = Job(
         spec=spec,
         registry=registry,

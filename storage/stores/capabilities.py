@@ -13,7 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from storage.errors import AlreadyExists, NotFound, PreconditionFailed, StoreUnavailable, WriteConflict
+from storage.errors import (
+    AlreadyExists,
+    NotFound,
+    PreconditionFailed,
+    StorageError,
+    StoreUnavailable,
+    WriteConflict,
+)
 from storage.stores.blob_store import BlobStore
 
 PROBE_PREFIX = "doctor/"
@@ -96,7 +103,7 @@ def _race(
 def _one_round(
     store: BlobStore, key: str, write: Callable[[bytes], object], writers: int, late: type[Exception]
 ) -> str:
-    barrier = threading.Barrier(writers)
+    barrier, unknown = threading.Barrier(writers), list[StorageError]()
 
     def attempt(number: int) -> bool | None:
         data = f"writer {number}".encode()
@@ -105,8 +112,9 @@ def _one_round(
             write(data)
         except (AlreadyExists, PreconditionFailed):
             return False
-        except (StoreUnavailable, WriteConflict):
-            return None  # unknown, to be settled by what is read back
+        except (StoreUnavailable, WriteConflict) as error:
+            unknown.append(error)
+            return None  # to be settled by what is read back
         return True
 
     with ThreadPoolExecutor(writers) as pool:
@@ -115,6 +123,8 @@ def _one_round(
     try:
         kept = store.get(key, max_bytes=64)
     except NotFound:
+        if unknown and not winners:  # nobody could write: that says nothing of who would win
+            raise unknown[0] from None
         return f"{len(winners)} of {writers} writers won, but nothing is there"
     if len(winners) > 1:
         return f"{len(winners)} of {writers} writers won"

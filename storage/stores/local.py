@@ -242,7 +242,15 @@ class LocalStore(BlobStore):
     def _lock(self) -> Iterator[None]:
         self._temporary.mkdir(parents=True, exist_ok=True)
         with (self._temporary / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                raise UnsafeStore(
+                    f"{self.root}: this file system has no locks ({error.strerror}); choose another folder, or mount "
+                    "it with locks"
+                ) from error
             yield
 
     @contextmanager
@@ -265,6 +273,8 @@ class LocalStore(BlobStore):
 def _translate(root: Path, key: str, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"{key}: no space left in {root}; nothing was written, free some and try again", key=key)
+    if error.errno == errno.EROFS:
+        return AccessDenied(f"{root} is on a read-only file system; name a store that can be written", key=key)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):  # the latter from mkdir; that of link is met where it is called
         return BadKey(f"{key}: part of it is an object in {root}; a key cannot be both object and folder", key=key)
     return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)

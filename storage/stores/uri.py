@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -68,12 +69,11 @@ def open_existing_store(uri: str | Path) -> BlobStore:
     """Return the store that a URI names, to be read: a folder must be there, since nothing will make it.
 
     Raises:
-        BadStoreURI: there is no such folder, or it is a file.
+        BadStoreURI: there is no such folder.
     """
     store = open_store(uri)
     if isinstance(store, LocalStore) and not store.root.is_dir():
-        what = "is a file" if store.root.exists() else "no such folder"
-        raise BadStoreURI(f"store {str(uri)!r}: {what} ({store.root}); 'nestquant quantize' makes a store")
+        raise BadStoreURI(f"store {str(uri)!r}: no such folder ({store.root}); 'nestquant quantize' makes a store")
     return store
 
 
@@ -84,7 +84,13 @@ def _open_folder(text: str, path: str) -> LocalStore:
         raise BadStoreURI(f"store {text!r}: {error}") from error
     if "\0" in path:
         raise BadStoreURI(f"store {text!r}: no path may hold a zero byte")
-    return LocalStore(folder)
+    store = LocalStore(folder)
+    # The folder may be made later, but nothing else may stand in its place, or on the way to it.
+    place = next(place for place in (store.root, *store.root.parents) if os.path.lexists(place))
+    if not os.path.isdir(place):
+        what = "a file" if os.path.exists(place) else "a link to nothing"
+        raise BadStoreURI(f"store {text!r}: {place} is {what}; expected a folder")
+    return store
 
 
 def _open_s3(text: str, parts: SplitResult) -> BlobStore:

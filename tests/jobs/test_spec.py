@@ -139,6 +139,24 @@ def test_which_weights_of_a_checkpoint_is_a_key_that_changes_nothing_where_it_is
     assert request_digest(given) != request_digest(spec)
 
 
+@pytest.mark.parametrize("name", ["con", "nul", "aux.v2", "com1", "lpt9.net"])
+def test_a_name_that_no_store_may_hold_is_refused_before_work(tiny_document: Document, name: str) -> None:
+    message = told(tiny_document(name=name))
+    assert message.startswith(
+        f"job.yaml: 'name': key 'models/{name}/versions/00000001.json': {name!r} is a device name"
+    )
+    assert message.endswith(f" on some systems; choose another. Seen: {name!r}.")
+
+
+@pytest.mark.parametrize(
+    ("tag", "said"), [("con", "is a device name"), ("12", "not digits alone"), ("New", "of a-z"), ("a/b", "of a-z")]
+)
+def test_a_tag_that_no_store_may_hold_is_refused_before_work(tiny_document: Document, tag: str, said: str) -> None:
+    message = told(tiny_document(store__tags=["latest", tag]))
+    assert message.startswith("job.yaml: 'store.tags")
+    assert said in message
+
+
 def test_which_weights_is_for_a_checkpoint_alone(tiny_document: Document) -> None:
     message = told(tiny_document(model={"library": "timm", "arch": "test_resnet", "random_seed": 1, "weights": "ema"}))
     assert "'weights' says which of a checkpoint's; give 'checkpoint', or leave it out" in message

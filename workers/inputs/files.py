@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from storage.errors import StorageError
-from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError, one_line
+from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError, one_line, system_line
 
 _NUMBER = re.compile(r"\(os error (\d+)\)")  # how the safetensors library, which is no Python, tells them
 
@@ -32,7 +32,7 @@ def reading(name: str) -> Iterator[None]:
     except (WorkError, StorageError):
         raise
     except OSError as error:
-        raise CheckpointError(f"Cannot read the checkpoint {name}: {error.strerror or one_line(error)}.") from error
+        raise CheckpointError(f"Cannot read the checkpoint {name}: {system_line(error)}.") from error
     except MemoryError as error:
         raise CheckpointError(f"{name} does not fit into this machine's memory.") from error
     except Exception as error:
@@ -53,7 +53,7 @@ def writing(folder: Path) -> Iterator[None]:
     except (WorkError, StorageError):
         raise
     except Exception as error:
-        told = _NUMBER.search(str(error))
+        told = _NUMBER.search(one_line(error))
         if isinstance(error, OSError):
             raise ScratchError.of(folder, error) from error
         if told is not None:
