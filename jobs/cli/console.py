@@ -15,6 +15,7 @@ from rich.table import Table
 
 from jobs.cli.options import console as new_console
 from jobs.cli.options import size
+from jobs.cli.terminal import title
 from jobs.events import Event, Listener
 from jobs.result import JobResult, level_name
 from jobs.spec.job import QuantizeSpec
@@ -98,7 +99,8 @@ def print_result(result: JobResult) -> None:
     console = new_console()
     state = "published" if result.created else "was published already"
     tags = f", tagged {', '.join(result.tags)}" if result.tags else ", not tagged"
-    console.print(f"\n[bold]{result.name}[/] version {result.version} {state}{tags}")
+    console.print()
+    console.print(title(result.name, f" version {result.version} {state}{tags}"))
     console.print(_summary(result))
     if result.work.reused:
         console.print(f"{result.work.reused} of {result.work.units} units of work were found done by an earlier run")
@@ -153,7 +155,7 @@ def _top1(measured: Sequence[Measured], level: int | None, *, activations: bool)
 def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:
     """Print accuracy by mode."""
     console = new_console()
-    console.print(f"[bold]{manifest.name}[/] version {manifest.version}")
+    console.print(title(manifest.name, f" version {manifest.version}"))
     console.print(_accuracy_table(measured))
 
 

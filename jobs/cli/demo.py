@@ -21,6 +21,7 @@ from torch import nn
 from jobs.cli import console
 from jobs.cli.main import run
 from jobs.cli.options import console as new_console
+from jobs.cli.terminal import title
 from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.executors import open_executor
@@ -57,7 +58,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     path = FOLDER / "spec.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     spec = parse_spec(document, where=str(path))
-    out.print(f"\n[bold]nestquant quantize {path}[/]   (local Ray, the folder {spec.store.uri} as the store)")
+    out.print()
+    out.print(title(f"nestquant quantize {path}", f"   (local Ray, the folder {spec.store.uri} as the store)"))
     with console.listener(quiet=False) as listen, open_executor(spec.cluster, local=False) as executor:
         result = run_job(spec, executor, listen)
     console.print_result(result)
@@ -152,7 +154,8 @@ def _device_session(out: Console, spec: JobSpec, result: JobResult) -> None:
         ["verify", result.name, *common],
         ["downgrade", result.name, *common],
     ):
-        out.print(f"\n[bold]nestquant {' '.join(words)}[/]", highlight=False)
+        out.print()
+        out.print(title(f"nestquant {' '.join(words)}"))
         app(words, standalone_mode=False)
     out.print(
         f"\nThe version is in {store}, the spec in {FOLDER / 'spec.yaml'}. "

@@ -29,6 +29,7 @@ from storage.errors import (
     StorageError,
     StoreUnavailable,
 )
+from storage.wording import printable, without_secrets
 from workers.errors import NoCluster, ScratchFull, WorkError
 
 
@@ -128,6 +129,7 @@ def run(command: Callable[[], object], *, as_json: bool) -> NoReturn:
 
 
 def _fail(message: str, code: Exit, *, as_json: bool) -> Exit:
+    message = printable(without_secrets(message))
     if as_json:
         print(json.dumps({"error": message, "exit_code": int(code)}), file=sys.stderr)
     else:

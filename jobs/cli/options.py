@@ -34,10 +34,10 @@ DEFAULT_CACHE = Path("nestquant-cache")
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console that never breaks a sentence, and is wide where nobody watches, so that logs keep whole rows."""
-    from rich.console import Console
+    from jobs.cli.terminal import PlainConsole
 
-    made = Console(stderr=stderr, soft_wrap=True)
-    return made if made.is_terminal else Console(stderr=stderr, soft_wrap=True, width=PLAIN_WIDTH)
+    made = PlainConsole(stderr=stderr, soft_wrap=True)
+    return made if made.is_terminal else PlainConsole(stderr=stderr, soft_wrap=True, width=PLAIN_WIDTH)
 
 
 def split_ref(model: str) -> tuple[str, str]:

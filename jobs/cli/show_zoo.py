@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cli.options import size
+from jobs.cli.terminal import PlainConsole
 from jobs.spec.zoo import ZooJob
 from jobs.zoo.row import ZooRow
 from jobs.zoo.run import ZooEvent, ZooListener
@@ -27,7 +28,7 @@ _STYLES = {"done": "green", "below gate": "yellow", "failed": "red"}
 @contextmanager
 def zoo_listener(jobs: Sequence[ZooJob], *, as_json: bool) -> Iterator[ZooListener]:
     """Yield a listener: JSON lines on standard output, a live table on a terminal, else a line for each model."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if as_json:
         yield _Lines().json
     elif not console.is_terminal:

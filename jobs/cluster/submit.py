@@ -52,7 +52,14 @@ class Cluster:
 
     def __init__(self, address: str) -> None:
         # Ray takes more than a dashboard's address, and waits most of a minute for what does not answer there.
-        parts = urlsplit(address)
+        try:
+            parts = urlsplit(address)
+        except ValueError as error:
+            raise ClusterError(f"{address!r} is no address ({error}); expected one such as {_EXAMPLE}.") from error
+        if parts.username is not None or parts.password is not None:
+            raise ClusterError(
+                "No user or password in --address: RAY_JOB_HEADERS='{\"Authorization\": ...}' holds them."
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClusterError(f"{address!r} is no address of a head's dashboard; expected one such as {_EXAMPLE}.")
         from ray.job_submission import JobSubmissionClient

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from storage.device.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
 from storage.device.source import Body
 from storage.document import parse_json
+from storage.wording import without_secrets
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse, PoolManager
@@ -58,7 +59,7 @@ class HttpClient:
             wanted["Range"] = f"bytes={start}-"
             if etag is not None:
                 wanted["If-Range"] = f'"{etag}"'
-        host = urlsplit(url).netloc
+        host = _host(_parts(url, key))
         try:
             response = self._follow(url, key, wanted)
         except SSLError as error:
@@ -71,13 +72,13 @@ class HttpClient:
             response.close()
 
     def _follow(self, url: str, key: str, wanted: dict[str, str]) -> BaseHTTPResponse:
-        first = urlsplit(url)
+        first = _parts(url, key)
         for _ in range(_MAX_REDIRECTS + 1):
-            parts = urlsplit(url)
+            parts = _parts(url, key)
             if parts.scheme not in {"http", "https"} or not parts.hostname:
                 raise SourceError(f"{key}: not an http(s) address", retryable=False)
             if first.scheme == "https" and parts.scheme != "https":
-                raise SourceError(f"{key}: {first.netloc} redirects from https to {parts.scheme}", retryable=False)
+                raise SourceError(f"{key}: {_host(first)} redirects from https to {parts.scheme}", retryable=False)
             headers = {**self.headers, **wanted} if parts.netloc == first.netloc else wanted
             response = self._pool(parts.scheme).request(
                 "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, decode_content=False
@@ -86,8 +87,8 @@ class HttpClient:
             if not location:
                 return response
             response.close()
-            url = urljoin(url, location)
-        raise SourceError(f"{key}: more than {_MAX_REDIRECTS} redirects from {first.netloc}", retryable=False)
+            url = _joined(url, location, key)
+        raise SourceError(f"{key}: more than {_MAX_REDIRECTS} redirects from {_host(first)}", retryable=False)
 
     def _pool(self, scheme: str) -> PoolManager:
         if scheme not in self._pools:
@@ -235,18 +236,45 @@ def _retry_after_s(text: str | None) -> float | None:
         return float(seconds)
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time()) if text else None
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return None
+
+
+def _parts(url: str, key: str) -> SplitResult:
+    """Split an address, or say that it is none, without a word of it: it may carry a signature or a password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise SourceError(f"{key}: not an http(s) address ({_reason_of(error)})", retryable=False) from error
+    return parts
+
+
+def _host(parts: SplitResult) -> str:
+    """Return host and port, as they may be shown."""
+    host = parts.hostname or "?"
+    return host if parts.port is None else f"{host}:{parts.port}"
+
+
+def _joined(url: str, location: str, key: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise SourceError(f"{key}: redirected to what is no address ({_reason_of(error)})", retryable=False) from error
+
+
+def _reason_of(error: ValueError) -> str:
+    return "brackets or host" if "IPv6" in str(error) or "netloc" in str(error) else "its port"
 
 
 def _skew(date: str | None) -> str:
     """Say so when the server's clock and ours differ enough to void a signature."""
     try:
         skew_s = time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):
         return ""
     return f"; this machine's clock is {skew_s:+.0f} s off the server's: set it" if abs(skew_s) > _MAX_SKEW_S else ""
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return without_secrets(re.sub(r"\?[^\s'\")]+", "?...", " ".join(str(error).split())))[:200]

@@ -120,6 +120,14 @@ FATAL: dict[str, tuple[Fault, str]] = {
     "cut at the same byte": (fault.cut_body(0, reset=False), "gave up after 4 attempts: .*connection broke"),
     "redirect to itself": (fault.refuse(302, headers={"Location": "?again"}), "more than 5 redirects"),
     "redirect to a file": (fault.refuse(302, headers={"Location": "file:///etc/passwd"}), r"not an http\(s\) address"),
+    "redirect to no address": (
+        fault.refuse(302, headers={"Location": "http://[evil"}),
+        r"redirected to what is no address \(brackets or host\)$",
+    ),
+    "redirect to no port": (
+        fault.refuse(302, headers={"Location": "http://127.0.0.1:99999/x"}),
+        r"not an http\(s\) address \(its port\)$",
+    ),
     "endless": (fault.endless(), "more than the 300100 bytes"),
     "no length": (fault.header("Content-Length", None), "does not say where it ends"),
     "clock skew": (
@@ -315,6 +323,49 @@ def test_retry_after_is_kept(origin: Origin, manifest: Manifest, make: Make) -> 
     device.pull("net")
     assert time.monotonic() - begun >= 1.0
     whole(device, manifest)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "9" * 19},
+        {"Retry-After": "Fri, 31 Dec 9999 23:59:59 -9999"},
+        {"Retry-After": "Mon, 01 Jan 0001 00:00:00 +2359"},
+        {"Retry-After": "soon\ufffd", "Date": "never"},
+        {"Date": "Thu, 01 Jan 0001 00:00:00 +2359"},
+        {"Retry-After": "-1"},
+    ],
+    ids=str,
+)
+def test_dates_out_of_range_are_passed_over(
+    origin: Origin, manifest: Manifest, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    plain = {name: value.encode("ascii", "replace").decode() for name, value in headers.items()}
+    retry = Retry(attempts=2, base_s=0.001, longest_s=0.01)
+    for status, told in ((503, "HTTP 503"), (403, "HTTP 403")):
+        origin.proxy.plan = lambda _, status=status: fault.refuse(status, headers=plain)  # type: ignore[misc]
+        device = Device(tmp_path / str(status), HttpSource(origin.proxy.url), unsigned=True, retry=retry)
+        with pytest.raises(DeviceError, match=told):
+            device.pull("net")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://user:hunter2@127.0.0.1:1", r"127\.0\.0\.1:1 does not answer"),
+        ("http://user:hunter2@[bad", r"not an http\(s\) address \(brackets or host\)"),
+        ("http://user:hunter2@127.0.0.1:99999", r"not an http\(s\) address \(its port\)"),
+        ("http://127.0.0.1:1/?X-Amz-Signature=hunter2", r"127\.0\.0\.1:1 does not answer"),
+    ],
+)
+def test_no_password_or_signature_is_ever_shown(tmp_path: Path, url: str, told: str) -> None:
+    shown: list[str] = []
+    device = Device(
+        tmp_path, HttpSource(url), unsigned=True, retry=FAST, on_event=lambda event: shown.append(event.message)
+    )
+    with pytest.raises(DeviceError, match=told) as caught:
+        device.pull("net")
+    assert "hunter2" not in "".join([str(caught.value), *shown])
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

@@ -340,3 +340,27 @@ def test_control_c_says_so_and_the_next_run_completes(spec: Path, tmp_path: Path
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, env=environment)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["version"] == 1
+
+
+def test_what_a_manifest_says_is_shown_and_never_obeyed(nestquant: Run, store: Path, tmp_path: Path) -> None:
+    """Names and reasons of a stranger's version: rich's markup as it stands, no escape sequence."""
+    from storage.manifest import FloatRecord
+    from storage.registry import Registry
+    from storage.stores.uri import open_store
+
+    registry = Registry(open_store(store))
+    manifest = registry.resolve("tiny", 1).manifest
+    hostile = "[red]x[/] :smile: \x1b]0;title\x07\x1b[2J\u202e"
+    draft = manifest.model_copy(
+        update={
+            "name": "hostile",
+            "kept_float": (FloatRecord(name="[link=file:///etc]a[/]", reason=hostile),),
+            "model": manifest.model.model_copy(update={"arch": hostile}),
+        }
+    )
+    registry.publish(draft)
+    code, out, err = nestquant("inspect", "hostile@1", "--store", store)
+    assert (code, err) == (0, "")
+    assert "[red]x[/] :smile: \ufffd]0;title\ufffd\ufffd[2J\ufffd" in out
+    assert "[link=file:///etc]a[/]" in out
+    assert not {"\x1b", "\x07", "\u202e"} & {*out}

@@ -196,10 +196,11 @@ class _Progress:
     """One bar of bytes on a terminal; retries and warnings as lines, on standard error."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-        self.console = Console(stderr=True)
+        from jobs.cli.terminal import PlainConsole
+
+        self.console = PlainConsole(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task("shards", total=None)

@@ -10,7 +10,7 @@ import typer
 from jobs.cli.options import Json, Store, console, print_json, size
 
 _DAY_S = 86_400.0
-_MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def register(app: typer.Typer) -> None:
@@ -35,10 +35,11 @@ def doctor(*, store: Store, as_json: Json = False) -> None:
         print_json({"store": store, "healthy": not failed, "checks": [asdict(check) for check in checks]})
     else:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("check", "holds", "what was seen")
         for check in checks:
-            table.add_row(check.name, _MARKS[check.status], check.detail)
+            table.add_row(check.name, Text(check.status, style=_COLOURS[check.status]), check.detail)
         console().print(table)
     if failed:
         raise UnsafeStore(f"{store}: {len(failed)} of {len(checks)} checks failed, {failed[0].name!r} first.")

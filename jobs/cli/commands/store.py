@@ -42,6 +42,7 @@ def ls(*, store: Store, as_json: Json = False) -> None:
 
 def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     """Show what a version consists of: layers, bits, shards, what stays float, and what was measured."""
+    from jobs.cli.terminal import title
     from storage.registry import Registry
     from storage.signing.expiry import trust_warnings
     from storage.stores.uri import open_existing_store
@@ -57,7 +58,7 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
 
     manifest, out = resolved.manifest, console()
     sizes = manifest.sizes
-    out.print(f"[bold]{name}[/] version {resolved.version}  {resolved.digest}")
+    out.print(title(name, f" version {resolved.version}  {resolved.digest}"))
     out.print(
         f"{manifest.model.library} {manifest.model.arch}, {manifest.model.parameters:,} parameters, "
         f"{sizes.weights:,} weights quantized"

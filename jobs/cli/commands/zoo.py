@@ -51,9 +51,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a line: events, then rows.")] = False,
 ) -> None:
     """Run every model with every recipe; what an earlier run finished is skipped. This is what ZOO alone does."""
-    from rich.console import Console
-
     from jobs.cli.show_zoo import results_table, zoo_listener
+    from jobs.cli.terminal import PlainConsole
     from jobs.executors import open_executor
     from jobs.spec.zoo import load_zoo
     from jobs.zoo.run import run_zoo
@@ -70,7 +69,7 @@ def run(
     failed = [row for row in rows if row.status == "failed"]
     short = [row for row in rows if row.status == "below gate"]
     if not as_json:
-        terminal = Console()
+        terminal = PlainConsole()
         terminal.print(results_table(rows, title=f"{zoo.name}: {len(rows)} jobs, tables in {folder}"))
         for row in (*failed, *short):
             terminal.print(f"{row.name}: {row.status}: {row.error}", highlight=False, markup=False, soft_wrap=True)
