@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -43,6 +43,7 @@ class ZooEntry(Section):
 
     models: str
     checkpoint: str | None = None
+    weights: Literal["ema", "model"] | None = None
     pretrained: bool = False
     random_seed: int | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -190,7 +191,7 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
 def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe) -> ZooJob:
     weights = _weights(spec, entry)
     if "checkpoint" in weights:
-        weights["checkpoint"] = str(weights["checkpoint"]).format(library=library, arch=arch)
+        weights["checkpoint"] = _filled(str(weights["checkpoint"]), library, arch)
     sections = {name: getattr(entry if name in entry.model_fields_set else spec, name) for name in _SECTIONS}
     if recipe.quantize.recipe == "data_free":  # it makes its own images, beside recipes that share the zoo's
         sections["calibration"] = None
@@ -205,9 +206,18 @@ def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe
     return ZooJob(parse_spec(document, where=f"{entry.models} ({library}/{arch})"), recipe.name, entry.priority)
 
 
+def _filled(text: str, library: str, arch: str) -> str:
+    try:
+        return text.format(library=library, arch=arch)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise SpecError(
+            f"models: checkpoint {text!r} holds braces other than {{library}} and {{arch}}; double your own."
+        ) from error
+
+
 def _weights(spec: ZooSpec, entry: ZooEntry) -> dict[str, Any]:
     """Return the entry's source of weights, or the zoo's where the entry names none."""
-    own = entry.model_dump(include={"checkpoint", "pretrained", "random_seed"}, exclude_defaults=True)
+    own = entry.model_dump(include={"checkpoint", "weights", "pretrained", "random_seed"}, exclude_defaults=True)
     return own or spec.model_dump(include={"pretrained", "random_seed"}, exclude_defaults=True)
 
 

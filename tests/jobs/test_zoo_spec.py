@@ -61,12 +61,18 @@ def test_higher_priority_starts_first_and_equals_keep_their_order() -> None:
 
 
 def test_a_later_entry_takes_a_model_over_with_its_own_weights_and_sections() -> None:
-    own = {"models": "timm/test_vit2", "checkpoint": "weights/{library}-{arch}.safetensors", "evaluate": None}
+    own = {
+        "models": "timm/test_vit2",
+        "checkpoint": "weights/{library}-{arch}.safetensors",
+        "evaluate": None,
+        "weights": "model",
+    }
     jobs = by_name(zoo(["timm/test_vit?", own], evaluate={"data": "val.tar"}, preprocess={"size": 64}))
     other, changed = jobs["timm.test_vit3.w8-4"].spec, jobs["timm.test_vit2.w8-4"].spec
     assert len(jobs) == 3
     assert (other.model.random_seed, other.model.checkpoint, other.evaluate) == (0, None, EvaluateSpec(data="val.tar"))
     assert (changed.model.random_seed, changed.model.checkpoint) == (None, "weights/timm-test_vit2.safetensors")
+    assert (changed.model.weights, other.model.weights) == ("model", None)
     assert changed.evaluate is None
     assert changed.preprocess == other.preprocess == PreprocessSpec(size=64)
 
@@ -126,6 +132,13 @@ def test_two_jobs_under_one_name_are_refused() -> None:
         (
             "models: [{models: timm/test_vit, recipes: [w84]}]",
             r"no recipe 'w84'. Did you mean 'w8-4'\? There are: w8-4",
+        ),
+        *(
+            (
+                f"models: [{{models: timm/test_vit, checkpoint: 'weights/{odd}.pth'}}]",
+                r"holds braces other than \{library\}",
+            )
+            for odd in ("{name}", "{}", "{0}", "{library.x}", "{arch", "{arch[x]}")
         ),
         ("recipes: {}", r"give 'recipes' .* 'matrix' .* or both"),
         ("random_seed: null", r"timm/test_vit \(timm/test_vit\): 'model': give exactly one of 'checkpoint'"),

@@ -129,6 +129,10 @@ def test_weights_that_no_argument_makes_fit_are_listed(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_bucket_are_said(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No file at /nowhere: expected a local path or an s3:// URI"):
         fetch("/nowhere", tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"~nobody-here/x cannot be read as a checkpoint: RuntimeError: Could not"
+    ):
+        fetch("~nobody-here/x", tmp_path)
     with pytest.raises(CheckpointError, match="names a bucket; expected s3://bucket/path/to/file"):
         fetch("s3://bucket", tmp_path)
 

@@ -53,10 +53,11 @@ def fetch(uri: str, folder: Path) -> Path:
     if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
         return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
     if not uri.startswith("s3://"):
-        path = Path(uri.removeprefix("file://")).expanduser()
-        if not path.exists():
-            raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
-        return path.resolve()
+        with reading(uri):
+            path = Path(uri.removeprefix("file://")).expanduser()
+            if not path.exists():
+                raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
+            return path.resolve()
     store = open_store(uri)
     if not isinstance(store, S3Store) or not store.prefix:
         raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
