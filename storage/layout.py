@@ -74,6 +74,11 @@ def report_key(name: str, version: int, report: str) -> str:
     return f"{manifest_key(name, version).removesuffix('.json')}.{report}.json"
 
 
+def job_prefix(digest: str) -> str:
+    """Return the prefix of all that a job, or a request for one, keeps in the store."""
+    return f"jobs/{digest_hex(digest)}/"
+
+
 def check_tag(tag: str) -> str:
     """Return the tag, or raise `BadKey`: named like a model, and never all digits, which would read as a version."""
     if not _NAME.fullmatch(tag) or tag.isdigit():

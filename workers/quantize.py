@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
 from storage.errors import StorageError
-from storage.manifest import MEDIA_TYPE_BASE, piece_key
+from storage.manifest import MEDIA_TYPE_BASE
 from storage.registry import Registry
 from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
 from storage.stores.blob_store import BlobStore
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
 from workers.inputs.tensors import TensorReader, TensorSource, open_tensors
-from workers.ledger import find_record, keep_record
+from workers.ledger import Ledger, damaged
+from workers.pieces import PieceCode
 from workers.solutions import read_solution
 from workers.tasks import (
     BaseRecord,
@@ -44,11 +44,6 @@ from workers.tasks import (
 _RECORD: TypeAdapter[UnitRecord] = TypeAdapter(UnitRecord)
 
 
-def ledger_key(job: str, unit: Unit) -> str:
-    """Return where a finished unit's record stands: ``jobs/<hex>/units/<kind>-<index>.json``."""
-    return f"jobs/{job.removeprefix('sha256:')}/units/{unit.kind}-{unit.index:06d}.json"
-
-
 def run_unit(context: TaskContext, unit: Unit, registry: Registry | None = None) -> UnitResult:
     """Do one unit and return its record.
 
@@ -61,14 +56,14 @@ def run_unit(context: TaskContext, unit: Unit, registry: Registry | None = None)
     """
     begin = time.perf_counter()
     registry = registry or Registry(_store(context.store_uri))
-    key = ledger_key(context.job, unit)
-    record = _finished(registry, key)
+    ledger = Ledger(registry, context.job)
+    record = _finished(ledger, unit)
     if record is not None:
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
     done = _do(registry, context.network.source, unit, context.job)
-    keep_record(registry, key, done.record)
+    ledger.keep(ledger.unit_key(unit.kind, unit.index), done.record)
     return UnitResult(
         record=done.record,
         seconds=time.perf_counter() - begin,
@@ -115,12 +110,26 @@ def _store(uri: str) -> BlobStore:
     return open_store(uri)
 
 
-def _finished(registry: Registry, key: str) -> UnitRecord | None:
-    record = find_record(registry, key, _RECORD, then="this unit is done again")
+def _finished(ledger: Ledger, unit: Unit) -> UnitRecord | None:
+    key, then = ledger.unit_key(unit.kind, unit.index), "this unit is done again"
+    record = ledger.find(key, _RECORD, then=then)
     if record is None:
         return None
+    if not _is_of(record, unit):
+        raise damaged(key, "it is of another unit", then)
+    registry = ledger.registry
     named = record.levels if isinstance(record, GroupRecord) else (record.descriptor,)
     return record if all(registry.has_blob(descriptor) for descriptor in named) else None
+
+
+def _is_of(record: UnitRecord, unit: Unit) -> bool:
+    """Tell whether a record says what this unit does: a copied or misplaced one would pass for it."""
+    if (record.kind, record.index) != (unit.kind, unit.index):
+        return False
+    if not isinstance(record, GroupRecord) or not isinstance(unit, GroupTask):
+        return True
+    found = [(piece.layer, piece.start, piece.stop) for piece in record.pieces]
+    return found == [(piece.layer, piece.start, piece.stop) for piece in unit.pieces]
 
 
 def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job: str) -> _Done:
@@ -139,15 +148,10 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
             )
         except ValueError as error:
             raise WorkError(f"Layer {piece.layer!r}, output channels {piece.start}:{piece.stop}: {error}") from error
-        for level, (part, bits) in enumerate(zip(quantized.parts, piece.config.level_bits, strict=True)):
-            values = part.numpy()
-            key = piece_key(piece.layer, piece.start, piece.stop, level)
-            integers[level][key] = IntegerTensor(values, pack(values, bits), bits, values.shape)
-        prefix = f"{piece.layer}[{piece.start}:{piece.stop}]"
-        qparams[f"{prefix}/scale"] = quantized.qparams.scale.numpy()
-        qparams[f"{prefix}/zero_point"] = quantized.qparams.zero_point.numpy().astype(np.int16)
-        if quantized.biases is not None:
-            qparams[f"{prefix}/biases"] = quantized.biases.numpy()
+        code = PieceCode(piece.layer, piece.start, piece.stop)
+        for level in range(piece.config.level_count):
+            integers[level] |= code.integers(quantized, level)
+        qparams |= code.grid(quantized)
         records.append(losses(piece, weight, quantized))
     shards = [build_shard(integers[level], qparams if level == 0 else {}) for level in range(level_count)]
     descriptors = tuple(map(registry.put_shard, shards))
@@ -191,7 +195,8 @@ def read_piece(reader: TensorReader, piece: PieceTask) -> torch.Tensor:
 
 
 def _with_bytes(record: PieceRecord, shards: Sequence[EncodedShard]) -> PieceRecord:
-    keys = [piece_key(record.layer, record.start, record.stop, level) for level in range(len(record.noise))]
+    code = PieceCode(record.layer, record.start, record.stop)
+    keys = [code.key(level) for level in range(len(record.noise))]
     sizes = tuple(shard.payload_bytes[key] for key, shard in zip(keys, shards, strict=False))
     return record.model_copy(update={"level_bytes": sizes})
 

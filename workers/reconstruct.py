@@ -27,10 +27,10 @@ from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
 from workers.lanes import Lanes, Walk
-from workers.ledger import keep_record
+from workers.ledger import Ledger
 from workers.quantize import read_piece
 from workers.scratch import scratch
-from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution, solved_key
+from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution
 from workers.tasks import PieceTask, TaskContext
 from workers.threads import threads
 
@@ -171,7 +171,8 @@ class Member:
             samples=samples,
             skipped=skipped,
         )
-        keep_record(self.registry, solved_key(job, layer), record)
+        ledger = Ledger(self.registry, job)
+        ledger.keep(ledger.solved_key(layer), record)
         return record
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ layer before the first layer takes it, so that a network runs at one level or at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from nestquant.affine import QParams
 from nestquant.config import NestConfig
 from nestquant.modules import NestedLayer, from_packed, resident_bytes, set_residency
 from nestquant.nested_weight import Residency
 from nestquant.observers import ActivationQParams
-from nestquant.packing import pack, unpack
+from nestquant.packing import pack
 from nestquant.surgery import channel_first_shape, find_layers, replace
 from storage.errors import Damaged
 from storage.files import open_regular, read_verified
-from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest, piece_key
+from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
 from workers.errors import ArtifactError, ModelError, shown
 from workers.inputs import networks
+from workers.pieces import Grid, PieceCode
 
 BlobPath = Callable[[Descriptor], Path]
 
@@ -186,7 +185,7 @@ def load(
     network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
     blobs = _Blobs(manifest, blob_path, verify=verify)
     _load_base(network, manifest, blobs)
-    grids: dict[str, _Grid] = {}
+    grids: dict[str, Grid] = {}
     for record, packed in _packed_level(manifest, blobs, 0, grids):
         module, grid = network.get_submodule(record.name), grids.pop(record.name)
         try:
@@ -255,16 +254,8 @@ def _load_base(network: nn.Module, manifest: Manifest, blobs: _Blobs) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """What stands beside a layer's integers in its level-0 shards."""
-
-    qparams: QParams
-    biases: torch.Tensor | None
-
-
 def _packed_level(
-    manifest: Manifest, blobs: _Blobs, level: int, grids: dict[str, _Grid] | None = None
+    manifest: Manifest, blobs: _Blobs, level: int, grids: dict[str, Grid] | None = None
 ) -> Iterator[tuple[LayerRecord, UInt8Array]]:
     """Yield every layer that has this level with its packed integers; shards are opened one after the other, in
     order.
@@ -278,24 +269,14 @@ def _packed_level(
         bits = NestConfig(bits=record.bits).level_bits[level]
         row_shape = channel_first_shape(record.shape, record.kind, record.groups)[1:]
         rows: list[Int8Array] = []
-        beside: dict[str, list[torch.Tensor]] = {"scale": [], "zero_point": []}
-        if record.biases:
-            beside["biases"] = []
+        beside: list[Grid] = []
         for piece in record.pieces:
-            shard = shards.at(piece.group)
-            shape = (piece.stop - piece.start, *row_shape)
-            payload = shard.payload(piece_key(record.name, piece.start, piece.stop, level), count=math.prod(shape))
-            # The codec says what a payload is: integers already, or packed ones.
-            rows.append(
-                payload.view(np.int8).reshape(shape)
-                if shard.codec == "zstd"
-                else unpack(payload.view(np.uint8), bits, shape)
-            )
-            for key, found in beside.items() if grids is not None else ():
-                found.append(torch.from_numpy(shard.tensor(f"{record.name}[{piece.start}:{piece.stop}]/{key}")))
+            shard, code = shards.at(piece.group), PieceCode(record.name, piece.start, piece.stop)
+            rows.append(code.read_integers(shard, level, bits, row_shape))
+            if grids is not None:
+                beside.append(code.read_grid(shard, biases=record.biases))
         if grids is not None:
-            qparams = QParams(torch.cat(beside["scale"]), torch.cat(beside["zero_point"]).to(torch.int32))
-            grids[record.name] = _Grid(qparams, torch.cat(beside["biases"], dim=1) if record.biases else None)
+            grids[record.name] = Grid.joined(beside)
         yield record, pack(rows[0] if len(rows) == 1 else np.concatenate(rows), bits)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +20,11 @@ from nestquant.calibrated import calibrate_weight
 from nestquant.config import NestConfig
 from nestquant.modules import from_float
 from nestquant.moments import Moments, has_columns, input_columns
-from nestquant.packing import pack
 from nestquant.quantize import QuantizedWeight, quantize_weight
 from nestquant.surgery import replace
-from storage.manifest import Record, piece_key
+from storage.manifest import Record
 from storage.registry import Registry
-from storage.shard import IntegerTensor, build_shard
+from storage.shard import build_shard
 from storage.stores.uri import open_store
 from workers.calibrate import NOISE_SEED
 from workers.errors import DataError, WorkError
@@ -34,7 +32,8 @@ from workers.inputs.checkpoint import fetch, open_network
 from workers.inputs.images import open_images, spread
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
-from workers.ledger import find_record, keep_record
+from workers.ledger import Ledger
+from workers.pieces import PieceCode
 from workers.quantize import losses, read_piece
 from workers.reconstruct import MAX_INPUTS
 from workers.scratch import scratch
@@ -102,13 +101,6 @@ class SensitivityRecord(Record):
         return next((damage for damage in self.damages if damage.bits == bits), None)
 
 
-def sensitivity_key(task: SensitivityTask) -> str:
-    """Return where a layer's record stands in the ledger; what else counts is in the job's digest."""
-    widths = "_".join("-".join(map(str, bits)) for bits in task.candidates)
-    job = task.context.job.removeprefix("sha256:")
-    return f"jobs/{job}/sensitivity/{task.index:06d}-{task.samples}-{widths}.json"
-
-
 @torch.inference_mode()
 def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     """Measure a layer, or return what an earlier run of the job measured.
@@ -116,9 +108,9 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     Raises:
         WorkError: naming the layer that cannot be quantized, or the image set that cannot be read.
     """
-    registry = Registry(open_store(task.context.store_uri))
-    key = sensitivity_key(task)
-    found = find_record(registry, key, SensitivityRecord)
+    ledger = Ledger(Registry(open_store(task.context.store_uri)), task.context.job)
+    key = ledger.sensitivity_key(task.index, task.samples, task.candidates)
+    found = ledger.find(key, SensitivityRecord)
     if found is not None:
         return found
     network = open_network(task.context.network)
@@ -148,7 +140,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
         damages=tuple(damages),
         skipped=skipped,
     )
-    keep_record(registry, key, record)
+    ledger.keep(key, record)
     return record
 
 
@@ -290,14 +282,5 @@ def sqnr_db(signal: float, noise: Sequence[float]) -> tuple[float | None, ...]:
 
 def shard_bytes(name: str, quantized: QuantizedWeight) -> int:
     """Return the bytes of a level-0 shard that holds a layer alone: integers, grid and biases."""
-    values, bits = quantized.parts[0].numpy(), quantized.config.level_bits[0]
-    start, stop = 0, values.shape[0]
-    prefix = f"{name}[{start}:{stop}]"
-    beside = {
-        f"{prefix}/scale": quantized.qparams.scale.numpy(),
-        f"{prefix}/zero_point": quantized.qparams.zero_point.numpy().astype(np.int16),
-    }
-    if quantized.biases is not None:
-        beside[f"{prefix}/biases"] = quantized.biases.numpy()
-    integers = IntegerTensor(values, pack(values, bits), bits, values.shape)
-    return len(build_shard({piece_key(name, start, stop, 0): integers}, beside).data)
+    code = PieceCode(name, 0, quantized.parts[0].shape[0])
+    return len(build_shard(code.integers(quantized, 0), code.grid(quantized)).data)

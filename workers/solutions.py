@@ -17,7 +17,7 @@ from storage.registry import Registry
 from storage.stores.uri import open_store
 from storage.tensor_file import load_tensors, save_tensors
 from workers.errors import WorkError
-from workers.ledger import find_record
+from workers.ledger import Ledger
 from workers.tasks import PieceTask
 
 MEDIA_TYPE_SOLUTION = "application/vnd.nestquant.solution.v1+safetensors"
@@ -33,14 +33,10 @@ class SolvedRecord(Record):
     skipped: tuple[tuple[str, str], ...]
 
 
-def solved_key(job: str, solution: int) -> str:
-    """Return where a solved layer's record stands: ``jobs/<hex>/solved/<index>.json``."""
-    return f"jobs/{job.removeprefix('sha256:')}/solved/{solution:06d}.json"
-
-
 def find_solved(registry: Registry, job: str, solution: int) -> SolvedRecord | None:
     """Return a layer's record if it is solved and its integers are there."""
-    record = find_record(registry, solved_key(job, solution), SolvedRecord)
+    ledger = Ledger(registry, job)
+    record = ledger.find(ledger.solved_key(solution), SolvedRecord)
     return record if record is not None and registry.has_blob(record.descriptor) else None
 
 
@@ -51,7 +47,8 @@ def read_solution(registry: Registry, job: str, piece: PieceTask) -> QuantizedWe
         WorkError: the layer is not solved.
     """
     assert piece.solution is not None
-    record = find_record(registry, solved_key(job, piece.solution), SolvedRecord)
+    ledger = Ledger(registry, job)
+    record = ledger.find(ledger.solved_key(piece.solution), SolvedRecord)
     if record is None:
         raise WorkError(f"Layer {piece.layer!r} is not solved: run the job again.")
     arrays = _arrays(registry.store.uri, record.descriptor)

@@ -25,13 +25,15 @@ from storage.tensor_file import load_tensors, save_tensors
 from workers.errors import DataError, WorkError
 from workers.inputs.checkpoint import open_network
 from workers.inputs.networks import Preprocessing
-from workers.ledger import find_record
+from workers.ledger import Ledger
 from workers.tasks import TaskContext
 from workers.threads import threads
 
 SAMPLES = 128
 CHUNK = 32
 """Images of one chunk, each with statistics of its own: fewer would not do for the layers with few positions."""
+
+_RECORD = "record.json"
 
 
 class SynthesizeTask(Record):
@@ -62,14 +64,10 @@ class SyntheticRecord(Record):
     norms: int
 
 
-def synthetic_key(job: str, name: str) -> str:
-    """Return where something synthetic stands: ``jobs/<hex>/synthetic/<name>``."""
-    return f"jobs/{job.removeprefix('sha256:')}/synthetic/{name}"
-
-
 def find_synthetic(registry: Registry, job: str) -> SyntheticRecord | None:
     """Return the record of an earlier run of the job, if what it made is still there."""
-    record = find_record(registry, synthetic_key(job, "record.json"), SyntheticRecord)
+    ledger = Ledger(registry, job)
+    record = ledger.find(ledger.synthetic_key(_RECORD), SyntheticRecord)
     if record is None:
         return None
     there = [registry.store.exists(key) for key in (record.images, record.network) if key is not None]
@@ -103,15 +101,16 @@ def synthesize(task: SynthesizeTask) -> int:
             f"value/{name}": sums.value.numpy(),
             f"square/{name}": sums.square.numpy(),
         }
-    store = open_store(task.context.store_uri)
-    store.put(_chunk_key(task.context, task.chunk), save_tensors(tensors, {}), mode="overwrite")
+    ledger = Ledger(Registry(open_store(task.context.store_uri)), task.context.job)
+    ledger.registry.store.put(_chunk_key(ledger, task.chunk), save_tensors(tensors, {}), mode="overwrite")
     return task.samples
 
 
 def join(task: JoinTask) -> SyntheticRecord:
     """Write the image set and the fitted network, then the record that says so; the chunks are deleted."""
-    registry, job = Registry(open_store(task.context.store_uri)), task.context.job
-    keys = [_chunk_key(task.context, chunk) for chunk in range(task.chunks)]
+    registry = Registry(open_store(task.context.store_uri))
+    ledger = Ledger(registry, task.context.job)
+    keys = [_chunk_key(ledger, chunk) for chunk in range(task.chunks)]
     chunks = [load_tensors(registry.store.get(key))[0] for key in keys]
     stream, images = io.BytesIO(), np.concatenate([np.asarray(chunk["x"]) for chunk in chunks])
     np.savez(stream, x=images)
@@ -121,16 +120,16 @@ def join(task: JoinTask) -> SyntheticRecord:
         network = open_network(task.context.network)
         put_statistics(network, found)
         state = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
-        registry.store.put(synthetic_key(job, "network.safetensors"), save(state), mode="overwrite")
-    registry.store.put(synthetic_key(job, "images.npz"), content, mode="overwrite")
+        registry.store.put(ledger.synthetic_key("network.safetensors"), save(state), mode="overwrite")
+    registry.store.put(ledger.synthetic_key("images.npz"), content, mode="overwrite")
     record = SyntheticRecord(
-        images=synthetic_key(job, "images.npz"),
+        images=ledger.synthetic_key("images.npz"),
         digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
         samples=len(images),
-        network=synthetic_key(job, "network.safetensors") if found else None,
+        network=ledger.synthetic_key("network.safetensors") if found else None,
         norms=len(found),
     )
-    registry.store.put(synthetic_key(job, "record.json"), record.model_dump_json().encode(), mode="overwrite")
+    ledger.replace(ledger.synthetic_key(_RECORD), record)
     for key in keys:
         registry.store.delete(key)
     return record
@@ -146,8 +145,8 @@ def _sums(chunk: Any, name: str) -> NormSums:
     return NormSums(int(chunk[f"count/{name}"][0]), value, square)
 
 
-def _chunk_key(context: TaskContext, chunk: int) -> str:
-    return synthetic_key(context.job, f"chunk-{chunk:06d}.safetensors")
+def _chunk_key(ledger: Ledger, chunk: int) -> str:
+    return ledger.synthetic_key(f"chunk-{chunk:06d}.safetensors")
 
 
 def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -7,7 +7,7 @@
     jobs/<request>/attempts/0001.end.json         how it ended
 
 All but progress and log are create-only. Attempts are found by number, never by LIST; the units that are done stand
-in the job's own ledger (``workers.quantize.ledger_key``), which every attempt shares.
+in the job's own ledger (``workers.ledger``), which every attempt shares.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jobs.result import JobResult
 from jobs.spec.job import JobSpec
 from storage.digest import digest_hex
 from storage.errors import AlreadyExists, NotFound
+from storage.layout import job_prefix
 from storage.manifest import Digest, Record, canonical_json
 from storage.stores.blob_store import BlobStore
 from workers.errors import shown
@@ -74,7 +75,7 @@ class JobRecord:
 
     def __init__(self, store: BlobStore, request: str) -> None:
         self.store, self.request = store, request
-        self.prefix = f"jobs/{digest_hex(request)}"
+        self.prefix = job_prefix(request).rstrip("/")
 
     def ask(self, spec: JobSpec) -> JobSpec:
         """Keep the spec, or return the one that is kept already."""

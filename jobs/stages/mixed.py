@@ -28,7 +28,7 @@ from jobs.stages.plan import Plan
 from storage.registry import Registry
 from storage.shard import build_shard
 from workers.errors import WorkError
-from workers.ledger import find_record, keep_record
+from workers.ledger import Ledger
 from workers.sensitivity import SensitivityRecord
 
 UNITS = 1_000_000
@@ -124,8 +124,8 @@ def mixed_bits(
     Raises:
         PlanError: the target cannot be met.
     """
-    key = f"jobs/{job.removeprefix('sha256:')}/mixed.json"
-    found = find_record(registry, key, MixedRecord)
+    ledger = Ledger(registry, job)
+    found = ledger.find(ledger.mixed_key, MixedRecord)
     if found is not None:
         return found
     empty = len(build_shard({}, {}).data)
@@ -141,8 +141,8 @@ def mixed_bits(
     ]
     rate = points_per_nat(records)
     chosen = choose_bits(layers, target, points_per_nat=rate, fixed_bytes=empty * len(plan.groups))
-    keep_record(registry, key, chosen)
-    return MixedRecord.model_validate_json(registry.store.get(key))
+    ledger.keep(ledger.mixed_key, chosen)
+    return MixedRecord.model_validate_json(registry.store.get(ledger.mixed_key))
 
 
 def _check(figures: Sequence[Integers], limit: int, key: str, wanted: float, told: Callable[[int], str]) -> None:

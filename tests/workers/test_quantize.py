@@ -16,12 +16,13 @@ from jobs.stages.preparation import prepare
 from nestquant.config import NestConfig
 from nestquant.packing import unpack
 from nestquant.quantize import quantize_weight
-from storage.manifest import piece_key
+from storage.manifest import canonical_json, piece_key
 from storage.shard import read_shard
 from workers.errors import CheckpointError, WorkError
 from workers.executor import InProcessExecutor
 from workers.inputs.tensors import TensorReader, TensorSource
-from workers.quantize import ledger_key, read_piece, run_bundle, run_unit
+from workers.ledger import Ledger
+from workers.quantize import read_piece, run_bundle, run_unit
 from workers.tasks import Bundle, GroupRecord, TaskContext
 
 Document = Callable[..., dict[str, Any]]
@@ -74,10 +75,30 @@ def test_a_unit_whose_blob_is_gone_is_done_again(tiny_document: Document, tmp_pa
 
 def test_a_damaged_record_names_its_key(tiny_document: Document, tmp_path: Path) -> None:
     prepared, context = ready(tiny_document(), tmp_path)
-    key = ledger_key(context.job, prepared.plan.groups[0])
+    key = Ledger(prepared.registry, context.job).unit_key("group", 0)
     prepared.registry.store.put(key, b'{"kind":"group"}', mode="create")
     with pytest.raises(WorkError, match=rf"record {key} is damaged .* delete it, and this unit is done again"):
         run_unit(context, prepared.plan.groups[0])
+
+
+@pytest.mark.parametrize("misplaced", ["index", "piece", "kind"])
+def test_a_record_of_another_unit_is_refused(tiny_document: Document, tmp_path: Path, misplaced: str) -> None:
+    prepared, context = ready(tiny_document(), tmp_path)
+    ledger, store = Ledger(prepared.registry, context.job), prepared.registry.store
+    group = prepared.plan.groups[1]
+    record = run_unit(context, prepared.plan.groups[0]).record
+    assert isinstance(record, GroupRecord)
+    if misplaced == "piece":  # the right number over another group's pieces
+        record = record.model_copy(update={"index": group.index})
+    if misplaced == "kind":
+        record = run_unit(context, prepared.plan.base[0]).record
+    store.put(ledger.unit_key("group", group.index), canonical_json(record), mode="create")
+    with pytest.raises(
+        WorkError, match=r"units/group-000001\.json is damaged \(it is of another unit\): delete it"
+    ):
+        run_unit(context, group)
+    store.delete(ledger.unit_key("group", group.index))
+    assert not run_unit(context, group).reused
 
 
 @pytest.mark.parametrize("tensor", ["layer2.0.conv1.weight", "bn1.running_var"])

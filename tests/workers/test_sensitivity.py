@@ -14,11 +14,13 @@ from jobs.spec.file import parse_spec
 from jobs.stages.memory import sensitivity_samples
 from jobs.stages.preparation import prepare
 from jobs.stages.sensitivity import sensitivity_tasks
+from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import DataError, WorkError
 from workers.executor import InProcessExecutor
 from workers.inputs.images import spread
-from workers.sensitivity import SensitivityTask, measure_layer, sensitivity_key
+from workers.ledger import Ledger
+from workers.sensitivity import SensitivityTask, measure_layer
 
 Document = Callable[..., dict[str, Any]]
 MIXED = {"mean_bits": 4.0, "choices": [3, 5], "samples": 10}
@@ -92,9 +94,10 @@ def test_a_layer_that_cannot_be_quantized_is_named_and_so_is_a_damaged_record(
 ) -> None:
     document = tiny_document(quantize={"mixed": MIXED})
     task = tasks(document, tmp_path)[2]
-    key = sensitivity_key(task)
+    store = open_store(document["store"]["uri"])
+    key = Ledger(Registry(store), task.context.job).sensitivity_key(task.index, task.samples, task.candidates)
     assert key.endswith("/sensitivity/000002-10-8-3_8-5.json")
-    open_store(document["store"]["uri"]).put(key, b"{}", mode="create")
+    store.put(key, b"{}", mode="create")
     with pytest.raises(WorkError, match=r"sensitivity/000002-10-8-3_8-5\.json is damaged"):
         measure_layer(task)
 
