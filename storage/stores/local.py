@@ -241,7 +241,12 @@ class LocalStore(BlobStore):
     @contextmanager
     def _lock(self) -> Iterator[None]:
         self._temporary.mkdir(parents=True, exist_ok=True)
-        with (self._temporary / "lock").open("ab") as file:
+        place = self._temporary / "lock"
+        try:
+            opened = place.open("ab")
+        except IsADirectoryError as error:
+            raise StoreUnavailable(f"{place}: a folder where this store has its lock; remove it") from error
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:

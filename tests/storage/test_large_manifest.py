@@ -57,3 +57,34 @@ def test_the_first_repeated_name() -> None:
     assert first_repeated(["a", "b", "c"]) is None
     assert first_repeated(iter(["a", "b", "a", "b"])) == "a"
     assert first_repeated(["a", "b", "b", "a"]) == "b"
+
+
+PLAIN = {"size": 224, "resize": 256, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"size": 60_000}, "'size' is 60000; expected 1 to 8192 pixels"),
+        ({"size": 0}, "'size' is 0;"),
+        ({"size": True}, "'size' is True;"),
+        ({"size": [224, 10**9]}, "'size' is [224, 1000000000];"),
+        ({"size": None}, "'size' is None;"),
+        ({"resize": -1}, "'resize' is -1;"),
+        ({"mean": [0.5] * 2000, "std": [0.5] * 2000}, "'mean' is [0.5, "),
+        ({"std": [0.2, 0.2, 0]}, "'std' above 0"),
+        ({"std": [0.2]}, "as long as each other"),
+        ({"mean": ["x", 0, 0]}, "'mean' is ['x', 0, 0];"),
+        ({"interpolation": "sinc"}, "'interpolation' is 'sinc'; expected nearest, bilinear, bicubic, lanczos"),
+        ({"crop": 1}, "unknown key 'crop'; known are interpolation, mean, resize, size, std"),
+    ],
+)
+def test_preprocessing_that_no_network_has_is_refused(changes: dict[str, object], told: str) -> None:
+    draft = make_draft(Registry(MemoryStore("preprocessing")), groups=1).model_dump(mode="json")
+    draft |= {"version": 1, "preprocessing": PLAIN}
+    assert parse_manifest(canonical_json(draft), name="net", version=1).preprocessing == PLAIN
+    draft["preprocessing"] = {**PLAIN, **changes}
+    with pytest.raises(InvalidManifest) as caught:
+        parse_manifest(canonical_json(draft), name="net", version=1)
+    assert str(caught.value).startswith("manifest of net version 1: field preprocessing: Value error, ")
+    assert told in str(caught.value)

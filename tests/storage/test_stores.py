@@ -111,6 +111,11 @@ class TestLocal(SwapContract):
             assert list(store.list()) == []
             assert not store.exists("tag")
 
+    def test_a_folder_in_the_place_of_the_lock_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / ".tmp" / "lock").mkdir(parents=True)
+        with pytest.raises(StoreUnavailable, match=r"lock: a folder where this store has its lock; remove it$"):
+            LocalStore(tmp_path).put("a", b"x", mode="overwrite")
+
     def test_leftovers_are_not_looked_for_behind_a_link(self, tmp_path: Path) -> None:
         elsewhere, store = tmp_path / "elsewhere", tmp_path / "store"
         elsewhere.mkdir()

@@ -93,9 +93,7 @@ def test_a_record_of_another_unit_is_refused(tiny_document: Document, tmp_path: 
     if misplaced == "kind":
         record = run_unit(context, prepared.plan.base[0]).record
     store.put(ledger.unit_key("group", group.index), canonical_json(record), mode="create")
-    with pytest.raises(
-        WorkError, match=r"units/group-000001\.json is damaged \(it is of another unit\): delete it"
-    ):
+    with pytest.raises(WorkError, match=r"units/group-000001\.json is damaged \(it is of another unit\): delete it"):
         run_unit(context, group)
     store.delete(ledger.unit_key("group", group.index))
     assert not run_unit(context, group).reused
