@@ -109,7 +109,7 @@ def nearest(word: str, candidates: Iterable[str], *, count: int = 3) -> str:
 def shown(names: Sequence[str], *, most: int = 6) -> str:
     """Return the names as a list for one line of text, the rest counted."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return ", ".join(printable(name) for name in names[:most]) + rest
 
 
 def printable(text: str, *, most: int = 300) -> str:

@@ -4,6 +4,7 @@ fit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.inputs import networks
 from workers.inputs.checkpoint import fetch, to_safetensors
-from workers.inputs.fit import Architecture, check_fit
+from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
@@ -89,9 +90,13 @@ def stage(
         tensors = check_fit(network, TensorReader(source))
     else:
         given = fetch(spec.checkpoint, folder)
-        weights = to_safetensors(given, folder, network.state_dict(), name=spec.checkpoint, choice=spec.weights)
+        architecture = Architecture(spec.library, spec.arch, spec.kwargs)
+        check = functools.partial(check_shapes, network, name=spec.checkpoint, architecture=architecture)
+        weights = to_safetensors(
+            given, folder, network.state_dict(), name=spec.checkpoint, choice=spec.weights, check=check
+        )
         reader = TensorReader(TensorSource(None, str(weights.path), name=spec.checkpoint))
-        tensors = check_fit(network, reader, Architecture(spec.library, spec.arch, spec.kwargs))
+        tensors = check_fit(network, reader)
         digest, source = _kept(weights.path, reader, registry)
         found = weights.notes
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)

@@ -15,7 +15,7 @@ from tests.servers.s3_server import S3Server
 from workers.errors import CheckpointError, ModelError
 from workers.inputs import networks
 from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file, to_safetensors
-from workers.inputs.fit import Architecture, check_fit
+from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.tensors import TensorReader, TensorSource
 
 ARCH, KWARGS = "test_resnet", {"num_classes": 10}
@@ -114,7 +114,12 @@ def test_weights_of_another_size_say_which_argument_fits(
     path = save_state(random_state(library, arch, built, seed=0), tmp_path / "w.safetensors")
     reader = TensorReader(TensorSource(None, str(path), name="mine.pth"))
     with pytest.raises(CheckpointError) as caught:
-        check_fit(networks.build(library, arch, asked, meta=True), reader, Architecture(library, arch, asked))
+        check_shapes(
+            networks.build(library, arch, asked, meta=True),
+            {name: info.shape for name, info in reader.tensors.items()},
+            name="mine.pth",
+            architecture=Architecture(library, arch, asked),
+        )
     assert str(caught.value) == f"mine.pth does not fit the network: {said}"
     check_fit(networks.build(library, arch, built, meta=True), reader)
 
@@ -123,7 +128,7 @@ def test_weights_that_no_argument_makes_fit_are_listed(tmp_path: Path) -> None:
     path = save_state(random_state("timm", "test_resnet", {}, seed=0), tmp_path / "w.safetensors")
     network = networks.build("timm", "test_vit", meta=True)
     with pytest.raises(CheckpointError, match=r"does not fit the network: \d+ keys missing .* Check model\.arch"):
-        check_fit(network, TensorReader(TensorSource(None, str(path))), Architecture("timm", "test_vit"))
+        check_fit(network, TensorReader(TensorSource(None, str(path))))
 
 
 def test_a_missing_file_and_a_bucket_are_said(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import os
 import pickle
@@ -23,6 +24,7 @@ from torch import nn
 from tests.workers.checkpoints.make import Net
 from workers.errors import CheckpointError
 from workers.inputs.checkpoint import to_safetensors
+from workers.inputs.fit import check_shapes
 from workers.inputs.torch_file import file_kind, load_pickled
 
 ADVICE = "where you trust the file, load it in torch and save its tensors alone: torch.save(model.state_dict(), ...)."
@@ -159,6 +161,40 @@ def test_a_name_of_the_list_is_never_called(tmp_path: Path, module: str) -> None
             archive.writestr(name, pickled if name.endswith("/data.pkl") else data)
     path = tmp_path / "evil.pth"
     assert list(load_pickled(path, "mine", file_kind(path, "mine"))) == ["evil"]
+
+
+def test_a_pickle_that_unpacks_without_end_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mine.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("mine/data.pkl", bytes(200_000_000))
+    assert (tmp_path / "mine.pth").stat().st_size < 300_000
+    assert told(tmp_path / "mine.pth") == (
+        "mine is cut short or damaged (200000000 bytes of names alone, at most 100000000 expected); copy it anew."
+    )
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_not_copied(tmp_path: Path) -> None:
+    """A view without strides is a terabyte in a few bytes."""
+    torch.save({**Net().state_dict(), "fc.weight": torch.zeros(1).expand(1 << 20, 1 << 18)}, tmp_path / "mine.pth")
+    network = Net()
+    with pytest.raises(CheckpointError, match=r"1 shapes differ \('fc\.weight': \(1048576, 262144\) in the checkpoint"):
+        to_safetensors(
+            tmp_path / "mine.pth",
+            tmp_path,
+            tuple(network.state_dict()),
+            check=functools.partial(check_shapes, network, name="mine"),
+        )
+
+
+def test_names_in_messages_are_printable(tmp_path: Path) -> None:
+    torch.save({"\x1b[31mred\n\u202e": 1, "a": {"b": 2}}, tmp_path / "mine.pth")
+    assert told(tmp_path / "mine.pth").isprintable()
+    network, state = Net(), Net().state_dict()
+    torch.save({**state, "\x1b[31mred\n": torch.zeros(1)}, tmp_path / "mine.pth")
+    with pytest.raises(CheckpointError) as caught:
+        to_safetensors(
+            tmp_path / "mine.pth", tmp_path, tuple(state), check=functools.partial(check_shapes, network, name="mine")
+        )
+    assert str(caught.value).isprintable()
 
 
 @given(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from storage.stores.uri import open_store
 from workers.errors import CheckpointError
 from workers.inputs import networks
 from workers.inputs.files import reading, require_room, writing
-from workers.inputs.fit import check_fit
+from workers.inputs.fit import Shapes, check_fit
 from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader, TensorSource
 from workers.inputs.torch_file import file_kind, load_pickled
 from workers.inputs.wrapping import Choice, unwrap
@@ -98,7 +98,13 @@ class Weights:
 
 
 def to_safetensors(
-    path: Path, folder: Path, wanted: Collection[str], *, name: str | None = None, choice: Choice | None = None
+    path: Path,
+    folder: Path,
+    wanted: Collection[str],
+    *,
+    name: str | None = None,
+    choice: Choice | None = None,
+    check: Callable[[Shapes], None] = lambda _: None,
 ) -> Weights:
     """Return a checkpoint's weights as safetensors: the file itself where it is that already, else a copy in
     ``folder``.
@@ -112,6 +118,7 @@ def to_safetensors(
         wanted: the names in the network's state dict.
         name: what the user calls the file.
         choice: averaged weights or the model's own, where the file has both.
+        check: raises where tensors of these shapes are not the network's: before any of them is copied.
 
     Raises:
         CheckpointError: it is no checkpoint, or holds no state dict.
@@ -123,6 +130,7 @@ def to_safetensors(
         if kind == "safetensors":
             reader = TensorReader(TensorSource(None, str(path), name=name))
             infos = unwrap(reader.tensors, wanted, TensorInfo, name=name, choice=choice)
+            check({key: info.shape for key, info in infos.state.items()})
             if infos.plain:
                 return Weights(path, infos.notes)
             require_room(folder, sum(info.size_bytes for info in infos.state.values()), f"A copy of {name}")
@@ -130,6 +138,7 @@ def to_safetensors(
         found = unwrap(load_pickled(path, name, kind), wanted, torch.Tensor, name=name, choice=choice)
         for key, tensor in found.state.items():
             _check_kind(name, key, tensor)
+        check({key: tuple(tensor.shape) for key, tensor in found.state.items()})
         require_room(folder, sum(tensor.nbytes for tensor in found.state.values()), f"A copy of {name}")
         with writing(folder):
             save_state(found.state, copy)

@@ -20,14 +20,23 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def check_fit(
-    network: nn.Module, reader: TensorReader, architecture: Architecture | None = None
-) -> dict[str, TensorInfo]:
+def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]:
     """Return the checkpoint's tensors that the network uses, in the network's order.
+
+    Raises:
+        CheckpointError: they do not fit (`check_shapes`).
+    """
+    check_shapes(network, {name: info.shape for name, info in reader.tensors.items()}, name=str(reader.source))
+    return {name: reader.tensors[name] for name in network.state_dict() if name in reader.tensors}
+
+
+def check_shapes(network: nn.Module, found: Shapes, *, name: str, architecture: Architecture | None = None) -> None:
+    """Raise where tensors of these shapes are not the network's.
 
     Args:
         network: the float network, on any device.
-        reader: the checkpoint.
+        found: the checkpoint's tensors, by the network's names.
+        name: what the user calls the checkpoint.
         architecture: how the network was built, so that other arguments can be tried for the message.
 
     Raises:
@@ -35,14 +44,13 @@ def check_fit(
             makes them fit.
     """
     wanted = shapes_of(network)
-    found = {name: info.shape for name, info in reader.tensors.items()}
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in found if name not in wanted]
-    wrong = [name for name, shape in wanted.items() if name in found and found[name] != shape]
+    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in found if key not in wanted]
+    wrong = [key for key, shape in wanted.items() if key in found and found[key] != shape]
     if not (missing or unexpected or wrong):
-        return {name: reader.tensors[name] for name in wanted if name in found}
+        return
     if architecture is not None and wrong and (change := architecture.fitting(network, found)):
-        raise CheckpointError(f"{reader.source} does not fit the network: {change}")
+        raise CheckpointError(f"{name} does not fit the network: {change}")
     faults = []
     if missing:
         faults.append(f"{len(missing)} keys missing ({shown(missing)})")
@@ -56,7 +64,7 @@ def check_fit(
         )
     hint = nearest(missing[0], unexpected) if missing and unexpected else ""
     raise CheckpointError(
-        f"{reader.source} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
+        f"{name} does not fit the network: {'; '.join(faults)}.{hint} Check model.arch and model.kwargs."
     )
 
 

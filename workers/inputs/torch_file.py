@@ -105,6 +105,8 @@ _TORCHS = (
 )
 _MODULES = "torch.nn.modules."
 
+_LONGEST_PICKLE = 100_000_000  # of containers and names, without a byte of a tensor; as safetensors caps its header
+
 # torch keeps its list of names for the whole process: two threads would take each other's away.
 _LISTED = threading.Lock()
 
@@ -205,8 +207,11 @@ def _named(path: Path, name: str, kind: FileKind) -> set[str]:
                 # A number, the protocol, the machine, then the object: four pickles, and the tensors' bytes.
                 return set().union(*(_globals(stream, name) for _ in range(4)))
         with zipfile.ZipFile(path) as archive:
-            entry = next(one for one in archive.namelist() if one.partition("/")[2] == "data.pkl")
-            return _globals(io.BytesIO(archive.read(entry)), name)
+            entry = next(one for one in archive.infolist() if one.filename.partition("/")[2] == "data.pkl")
+            if entry.file_size > _LONGEST_PICKLE:
+                raise ValueError(f"{entry.file_size} bytes of names alone, at most {_LONGEST_PICKLE} expected")
+            with archive.open(entry) as stream:  # which ends where the archive says
+                return _globals(io.BytesIO(stream.read(_LONGEST_PICKLE)), name)
     except CheckpointError:
         raise
     except Exception as error:  # of bytes that are no pickle: values, lengths beyond memory, what zipfile raises

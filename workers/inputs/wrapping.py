@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-from workers.errors import CheckpointError, shown
+from workers.errors import CheckpointError, printable, shown
 
 Choice = Literal["ema", "model"]
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class _Candidate(Generic[T]):
 
     @property
     def place(self) -> str:
-        where = f"'{'.'.join(self.path)}'" if self.path else "the file itself"
+        where = f"'{printable('.'.join(self.path))}'" if self.path else "the file itself"
         return f"{where} under {self.prefix!r}" if self.prefix else where
 
 
