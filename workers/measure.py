@@ -9,7 +9,8 @@ from storage.device import Device, StoreSource
 from storage.manifest import Record
 from storage.stores.uri import open_store
 from workers import runtime
-from workers.evaluate import Accuracy, top1
+from workers.errors import DataError
+from workers.evaluate import Accuracy, chance_fault, top1
 from workers.inputs.checkpoint import fetch, open_network
 from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
@@ -21,7 +22,8 @@ class MeasureTask(Record):
     """Measure one mode of one version.
 
     ``level`` None measures the float network from its source. ``cache`` is a device's folder that holds the
-    version already, where the worker can see it; else the worker pulls the version itself.
+    version already, where the worker can see it; else the worker pulls the version itself. ``refuse_chance``: a float
+    network whose answers have nothing to do with the labels is an error.
     """
 
     mode: str
@@ -35,6 +37,7 @@ class MeasureTask(Record):
     data: str
     limit: int | None
     batch_size: int
+    refuse_chance: bool
 
 
 class Measured(Record):
@@ -59,7 +62,8 @@ def measure(task: MeasureTask) -> Measured:
     """Measure one mode.
 
     Raises:
-        WorkError: the images or the version cannot be read.
+        WorkError: the images or the version cannot be read, the answers are not finite, or those of the float network
+            are chance.
     """
     begin = time.perf_counter()
     with scratch("measure") as folder:
@@ -74,7 +78,10 @@ def measure(task: MeasureTask) -> Measured:
             nested.set_residency("expanded")
         images = open_images(fetch(task.data, folder))
         preprocessing = Preprocessing.from_record(task.network.preprocessing)
-        accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit)
+        name = f"{task.network.library} {task.network.arch} ({task.mode})"
+        accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit, name=name)
+        if task.level is None and task.refuse_chance and accuracy.is_chance:
+            raise DataError(chance_fault(accuracy, images))
     return Measured(
         mode=task.mode,
         level=task.level,

@@ -214,11 +214,15 @@ class AnalysisSpec(Section):
 class EvaluateSpec(Section):
     """Labelled images that measure what was published; with a gate, a version that falls short is stored but not
     tagged.
+
+    A float network that answers by chance ends the job, as then labels, preprocessing or classifier are wrong, unless
+    ``accept_chance`` says that this is meant, or the weights are random by ``model.random_seed``.
     """
 
     data: str
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=50, ge=1)
+    accept_chance: bool = False
     min_part_top1: float | None = Field(default=None, ge=0, le=100)
     max_drop: float | None = Field(default=None, ge=0, le=100, description="points that full-bit may lie below float")
     max_part_drop: float | None = Field(

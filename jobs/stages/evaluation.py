@@ -20,7 +20,8 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
     """Run the measurements, as many at a time as the executor can, and hold them against the gate.
 
     Raises:
-        WorkError, storage.StorageError: the images or the version cannot be read.
+        WorkError, storage.StorageError: the images or the version cannot be read, or the float network answers by
+            chance.
     """
     evaluate = job.spec.evaluate
     if evaluate is None:
@@ -58,6 +59,7 @@ def measure_tasks(job: Job, evaluate: EvaluateSpec, manifest: Manifest, *, cache
             data=evaluate.data,
             limit=evaluate.limit,
             batch_size=evaluate.batch_size,
+            refuse_chance=not evaluate.accept_chance and job.spec.model.random_seed is None,
         )
         for level, activations in modes
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs.errors import PlanError
 from jobs.events import StageClock
 from jobs.spec.job import JobSpec
 from jobs.stages.job import Job, Observation
@@ -17,10 +18,12 @@ from storage.errors import UnsafeStore
 from storage.registry import Registry
 from storage.stores.capabilities import has_create_only
 from storage.stores.uri import open_store
+from workers.errors import DataError
+from workers.evaluate import beyond_classes
 from workers.executor import Executor
 from workers.inputs.checkpoint import fetch
 from workers.inputs.files import require_room
-from workers.inputs.images import open_images
+from workers.inputs.images import ImageSet, open_images
 
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Job:
@@ -38,6 +41,8 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
     with clock.stage("stage"):
         kept_in = None if executor.same_machine else registry
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
+        if images.judging is not None:
+            _check_classes(spec, staged, images.judging)
     with clock.stage("plan"):
         plan = plan_of(spec, staged)
         require_room(folder, plan.stored_bytes, "The version, pulled back to be checked,")
@@ -74,10 +79,11 @@ def _check_store(registry: Registry, *, single_writer: bool) -> None:
 
 @dataclass(frozen=True)
 class _Images:
-    """What is known of the spec's image sets: the calibration set's digest, what the largest set keeps in memory, and
-    what people should know of how they were read.
+    """What is known of the spec's image sets: the evaluation set, the calibration set's digest, what the largest set
+    keeps in memory, and what people should know of how they were read.
     """
 
+    judging: ImageSet | None
     digest: str | None
     resident_bytes: int
     notes: tuple[str, ...]
@@ -85,17 +91,37 @@ class _Images:
 
 def _check_images(spec: JobSpec, folder: Path) -> _Images:
     """Open every image set named in the spec, so that a wrong path or label costs no work."""
-    digest, resident_bytes, notes = None, 0, list[str]()
+    judging, digest, resident_bytes, notes = None, None, 0, list[str]()
     if spec.evaluate is not None:
-        images = open_images(fetch(spec.evaluate.data, folder))
-        images.require_classes(spec.evaluate.limit)
-        images.check()
-        resident_bytes = images.resident_bytes
-        notes += [f"evaluate.data: {note}" for note in (images.labelling.reading, images.labelling.left_out) if note]
+        judging = open_images(fetch(spec.evaluate.data, folder))
+        judging.require_classes(spec.evaluate.limit)
+        judging.check()
+        resident_bytes = judging.resident_bytes
+        notes += [f"evaluate.data: {note}" for note in (judging.labelling.reading, judging.labelling.left_out) if note]
     if spec.calibration is not None:
         images = open_images(fetch(spec.calibration.data, folder))
         images.check()
         digest = images.digest(min(spec.calibration.samples, len(images)))
         resident_bytes = max(resident_bytes, images.resident_bytes)
         notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]
-    return _Images(digest, resident_bytes, tuple(notes))
+    return _Images(judging, digest, resident_bytes, tuple(notes))
+
+
+def _check_classes(spec: JobSpec, staged: StagedModel, images: ImageSet) -> None:
+    """Refuse labels that the network's answers cannot be held against, as far as those are known before it ran."""
+    assert spec.evaluate is not None, "there is nothing to be evaluated"
+    if staged.no_classes:
+        raise PlanError(
+            f"evaluate: {spec.model.library} {spec.model.arch} cannot be judged by labels: {staged.no_classes}; leave "
+            "'evaluate' out, or take a network that classifies."
+        )
+    if staged.classes is None:
+        return
+    if (images.labelling.classes or 0) > staged.classes:
+        raise DataError(
+            f"{images.path} has {images.labelling.reading}; the network has {staged.classes} classes. Take away the "
+            "folders that are no classes, or say which they are in labels.csv."
+        )
+    highest = max(images.require_classes(spec.evaluate.limit))
+    if highest >= staged.classes:
+        raise DataError(beyond_classes(images, highest, staged.classes))

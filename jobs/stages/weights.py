@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jobs.spec.job import ModelSpec, PreprocessSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
@@ -36,7 +36,9 @@ _UNTRACED_INPUTS = 128
 class StagedModel:
     """A model ready to be planned: how tasks name it, its layers, and what is known of its tensors.
 
-    ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out.
+    ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out. ``classes``:
+    how many it tells apart; None where that is not known without running it, or where it tells none, as ``no_classes``
+    says.
     """
 
     network: NetworkRef
@@ -48,6 +50,8 @@ class StagedModel:
     parameters: int
     activation_bytes: int
     notes: tuple[str, ...]
+    classes: int | None = None
+    no_classes: str = ""
 
 
 def outline(spec: ModelSpec) -> nn.Module:
@@ -100,7 +104,7 @@ def stage(
         digest, source = _kept(weights.path, reader, registry)
         found = weights.notes
     preprocessing = resolve_preprocessing(spec.library, network, preprocess)
-    order, activation_bytes, notes = _order(spec, network, preprocessing)
+    trace = _trace(spec, network, preprocessing)
     return StagedModel(
         network=NetworkRef(
             library=spec.library,
@@ -112,11 +116,13 @@ def stage(
         source_digest=digest,
         tensors=tensors,
         scan=find_layers(network),
-        order=order,
+        order=trace.order,
         preprocessing=preprocessing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        activation_bytes=activation_bytes,
-        notes=(*found, *notes),
+        activation_bytes=trace.activation_bytes,
+        notes=(*found, *trace.notes),
+        classes=trace.classes,
+        no_classes=trace.no_classes,
     )
 
 
@@ -161,28 +167,48 @@ def _kept(path: Path, reader: TensorReader, registry: Registry | None) -> tuple[
     return digest, source
 
 
-def _order(
-    spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing
-) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
-    """Trace the order of execution and the memory of a forward without computing anything; some networks do not run
-    on the meta device, and are listed as registered.
+@dataclass(frozen=True)
+class _Trace:
+    """What a forward pass without data tells; see ``StagedModel``."""
+
+    order: tuple[str, ...]
+    activation_bytes: int
+    notes: tuple[str, ...]
+    classes: int | None
+    no_classes: str
+
+
+def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) -> _Trace:
+    """Trace the order of execution, the memory of a forward and the shape of its answer without computing anything;
+    some networks do not run on the meta device, and are listed as registered.
     """
     example = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size, device="meta")
-    footprint = Footprint()
+    footprint, answers = Footprint(), list[Any]()
+    handle = network.register_forward_hook(lambda _, __, answer: answers.append(answer))
     try:
         with footprint:
             traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises
-        names = tuple(site.name for site in find_layers(network).layers)
+        order = tuple(site.name for site in find_layers(network).layers)
         guessed = max(footprint.peak_bytes, _UNTRACED_INPUTS * example.nbytes)
-        return (
-            names,
-            guessed,
-            (f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered.",),
-        )
+        text = f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered."
+        return _Trace(order, guessed, (text,), None, "")
+    finally:
+        handle.remove()
     notes = (
         ()
         if not traced.never_ran
         else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
     )
-    return traced.names, footprint.peak_bytes, notes
+    return _Trace(traced.names, footprint.peak_bytes, notes, *_classes(network, answers[-1]))
+
+
+def _classes(network: nn.Module, answer: Any) -> tuple[int | None, str]:
+    """Return how many classes the answer to one image tells apart, or None and why it tells none."""
+    if getattr(network, "num_classes", None) == 0:
+        return None, "it has no classifier (num_classes: 0) and gives features"
+    if not isinstance(answer, Tensor):
+        return None, f"it answers with a {type(answer).__name__} and not with one tensor"
+    if answer.ndim != 2 or answer.shape[1] < 2:
+        return None, f"it answers one image with a tensor {tuple(answer.shape)} and not (1, classes)"
+    return int(answer.shape[1]), ""

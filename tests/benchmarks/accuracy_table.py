@@ -132,6 +132,7 @@ class Known:
             data=str(DATA / "images" / self.images),
             limit=self.limit,
             batch_size=5 if self.preprocess["size"] > 32 else 50,  # what stays in cache
+            refuse_chance=True,
         )
 
 
