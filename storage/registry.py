@@ -15,33 +15,38 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from storage import layout
 from storage.condemned import read_condemned
 from storage.digest import digest_bytes, digest_pieces, verify_bytes
-from storage.document import parse_record
 from storage.errors import (
     AlreadyExists,
     Corrupt,
-    InvalidManifest,
     NotFound,
     StoreUnavailable,
     UnsafeStore,
-    VersionDeleted,
     WriteConflict,
 )
 from storage.manifest import (
     MAX_MANIFEST_BYTES,
     MEDIA_TYPE_SHARD,
     Descriptor,
-    Digest,
     Manifest,
-    ModelName,
-    Record,
     ShardDescriptor,
     canonical_json,
     parse_manifest,
+)
+from storage.references import (
+    MAX_TAG_BYTES,
+    TOMBSTONE_MAX_BYTES,
+    TagRecord,
+    check_not_deleted,
+    check_tagged,
+    parse_digest,
+    parse_tag,
+    parse_version,
+    read_tombstone,
 )
 from storage.stores.blob_store import BlobStore, Data
 from storage.stores.capabilities import has_create_only
@@ -49,7 +54,6 @@ from storage.stores.capabilities import has_create_only
 if TYPE_CHECKING:
     from storage.shard import EncodedShard
 
-_MAX_TAG_BYTES = 4096
 _MAX_REPORT_BYTES = 64 << 20
 _COMMIT_ATTEMPTS = 5
 _COMMIT_PAUSE_S = 0.05
@@ -92,29 +96,6 @@ class Resolved:
     version: int
     digest: str
     raw: bytes
-
-
-class TagRecord(Record):
-    """What a tag says: a version of a name and the digest of its manifest."""
-
-    name: ModelName
-    version: int
-    digest: Digest
-
-
-class Tombstone(Record):
-    """Stands under the number of a deleted version, so that the number is never given out again.
-
-    ``digest`` is that of the manifest that was there.
-    """
-
-    tombstone: Literal[True] = True
-    name: ModelName
-    version: int
-    digest: Digest
-
-
-TOMBSTONE_MAX_BYTES = 512
 
 
 class Registry:
@@ -294,16 +275,13 @@ class Registry:
         """
         layout.model_prefix(name)
         text = str(ref)
-        if text.startswith("sha256:"):
-            return self._resolve_digest(name, text)
-        if text.isdecimal() and text.isascii():
-            return self._read_version(name, int(text))
+        if (digest := parse_digest(text)) is not None:
+            return self._resolve_digest(name, digest)
+        if (version := parse_version(text)) is not None:
+            return self._read_version(name, version)
         tag = self.read_tag(name, text)
         resolved = self._read_version(name, tag.version)
-        if resolved.digest != tag.digest:
-            raise Corrupt(
-                layout.manifest_key(name, tag.version), expected=f"{tag.digest} (tag {text!r})", seen=resolved.digest
-            )
+        check_tagged(tag, text, resolved.digest)
         return resolved
 
     def _resolve_digest(self, name: str, digest: str) -> Resolved:
@@ -322,10 +300,7 @@ class Registry:
             raise NotFound(
                 f"model {name!r}: no version {version} in {self.store.uri}; 'nestquant ls' shows what there is"
             ) from None
-        if read_tombstone(raw) is not None:
-            raise VersionDeleted(
-                f"model {name!r}: version {version} was deleted; choose another", key=layout.manifest_key(name, version)
-            )
+        check_not_deleted(raw, name, version)
         return Resolved(parse_manifest(raw, name=name, version=version), version, digest_bytes(raw), raw)
 
     def versions(self, name: str) -> list[int]:
@@ -368,18 +343,12 @@ class Registry:
         """Return what a tag says. Raises `NotFound`, `InvalidManifest`."""
         key = layout.tag_key(name, tag)
         try:
-            raw = self.store.get(key, max_bytes=_MAX_TAG_BYTES)
+            raw = self.store.get(key, max_bytes=MAX_TAG_BYTES)
         except NotFound:
             raise NotFound(
                 f"model {name!r}: no tag {tag!r} in {self.store.uri}; 'nestquant ls' shows what there is", key=key
             ) from None
-        try:
-            record = parse_record(raw, TagRecord)
-        except ValueError as error:
-            raise InvalidManifest(f"{key}: not a tag: {error}", key=key) from error
-        if record.name != name:
-            raise InvalidManifest(f"{key}: is a tag of {record.name!r}, expected {name!r}", key=key)
-        return record
+        return parse_tag(raw, name, tag)
 
     def tags(self, name: str) -> dict[str, int]:
         """Return tag -> version, as LIST tells."""
@@ -395,13 +364,3 @@ class Registry:
     def get_report(self, name: str, version: int, report: str) -> bytes:
         """Return a report's bytes. Raises `NotFound`."""
         return self.store.get(layout.report_key(name, version, report), max_bytes=_MAX_REPORT_BYTES)
-
-
-def read_tombstone(raw: bytes) -> Tombstone | None:
-    """Return the tombstone that ``raw`` is, or None where it is something else."""
-    if len(raw) > TOMBSTONE_MAX_BYTES:
-        return None
-    try:
-        return parse_record(raw, Tombstone)
-    except ValueError:
-        return None

@@ -18,7 +18,8 @@ from storage.condemned import read_condemned, write_condemned
 from storage.digest import digest_pieces
 from storage.errors import Corrupt, NotFound, StorageError, VersionDeleted
 from storage.manifest import Descriptor, canonical_json
-from storage.registry import Registry, Resolved, Tombstone
+from storage.references import Tombstone
+from storage.registry import Registry, Resolved
 from storage.stores.blob_store import BlobStore
 from storage.stores.capabilities import PROBE_PREFIX, is_probe_key
 from storage.stores.clock import store_time_s

@@ -7,14 +7,21 @@ from dataclasses import dataclass
 
 from storage.device.errors import DeviceError, SourceNotFound
 from storage.device.source import Documents
-from storage.digest import digest_bytes, digest_hex
-from storage.document import parse_record
-from storage.errors import Corrupt, InvalidManifest, VersionDeleted
+from storage.digest import digest_bytes
+from storage.errors import InvalidManifest, VersionDeleted
 from storage.layout import MAX_VERSION, manifest_key, tag_key
 from storage.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from storage.registry import TOMBSTONE_MAX_BYTES, TagRecord, read_tombstone
-
-_MAX_TAG_BYTES = 4096
+from storage.references import (
+    MAX_TAG_BYTES,
+    TOMBSTONE_MAX_BYTES,
+    TagRecord,
+    check_not_deleted,
+    check_tagged,
+    parse_digest,
+    parse_tag,
+    parse_version,
+    read_tombstone,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +43,8 @@ def resolve_unsigned(documents: Documents, name: str, ref: str) -> Release:
         return parse_release(read_manifest(documents, name, version), name, version, signed=False)
     tag = _read_tag(documents, name, ref)
     release = parse_release(read_manifest(documents, name, tag.version), name, tag.version, signed=False)
-    if release.digest != tag.digest:
-        key = manifest_key(name, tag.version)
-        raise Corrupt(key, expected=f"{tag.digest} (tag {ref!r})", seen=release.digest)
+    check_tagged(tag, ref, release.digest)
     return release
-
-
-def parse_version(ref: str) -> int | None:
-    """Return the version that ``ref`` names, or None where it is a tag."""
-    return int(ref[:20]) if ref.isascii() and ref.isdigit() else None
-
-
-def parse_digest(ref: str) -> str | None:
-    """Return the manifest's digest that ``ref`` is, or None where it is a tag or number. Raises ``BadKey``."""
-    return f"sha256:{digest_hex(ref)}" if ref.startswith("sha256:") else None
 
 
 def read_manifest(documents: Documents, name: str, version: int, *, max_bytes: int = MAX_MANIFEST_BYTES) -> bytes:
@@ -62,8 +57,7 @@ def read_manifest(documents: Documents, name: str, version: int, *, max_bytes: i
 
 def parse_release(raw: bytes, name: str, version: int, *, signed: bool) -> Release:
     """Check a manifest's bytes; raise ``InvalidManifest`` (which says what is wrong) or ``VersionDeleted``."""
-    if read_tombstone(raw) is not None:
-        raise VersionDeleted(f"{name} version {version} was deleted; choose another", key=manifest_key(name, version))
+    check_not_deleted(raw, name, version)
     manifest = parse_manifest(raw, name=name, version=version)
     sizes: dict[str, int] = {}
     for blob in [*manifest.base, *(shard for group in manifest.groups for shard in group.levels)]:
@@ -103,14 +97,8 @@ def _resolve_digest(documents: Documents, name: str, digest: str) -> Release:
 
 
 def _read_tag(documents: Documents, name: str, tag: str) -> TagRecord:
-    key = tag_key(name, tag)
     try:
-        raw = documents.read(key, max_bytes=_MAX_TAG_BYTES)
-        record = parse_record(raw, TagRecord)
+        raw = documents.read(tag_key(name, tag), max_bytes=MAX_TAG_BYTES)
     except SourceNotFound as error:
         raise SourceNotFound(f"{name} has no tag {tag!r} here; 'nestquant ls' shows what there is") from error
-    except ValueError as error:
-        raise InvalidManifest(f"{key}: not a tag: {error}", key=key) from error
-    if record.name != name:
-        raise InvalidManifest(f"{key}: is a tag of {record.name!r}, expected {name!r}", key=key)
-    return record
+    return parse_tag(raw, name, tag)

@@ -24,11 +24,12 @@ from typing_extensions import override
 from storage.device.errors import SourceDenied, SourceNotFound, Untrusted
 from storage.device.files import check_file, disk_errors, flush, is_file, make_folder, read_file, replace_file
 from storage.device.ownership import is_ours, walk
-from storage.device.resolve import Release, parse_digest, parse_release, parse_version, read_manifest
+from storage.device.resolve import Release, parse_release, read_manifest
 from storage.device.source import Documents
 from storage.digest import digest_hex
 from storage.document import parse_json
 from storage.layout import manifest_key, versions_prefix
+from storage.references import parse_digest, parse_version
 from storage.signing.metadata import (
     MAX_SNAPSHOT_BYTES,
     MAX_TARGETS_BYTES,

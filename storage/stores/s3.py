@@ -70,6 +70,7 @@ class S3Store(BlobStore):
         self.prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self.options = options or S3Options()
         self.place = f"s3://{bucket}/{self.prefix}".rstrip("/")
+        self.endpoint = self.options.endpoint_url
         self.uri = uri or self.place
         self._client: S3Client | None = None
         self._client_pid = -1

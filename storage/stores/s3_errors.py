@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from storage.errors import (
     AccessDenied,
@@ -16,8 +16,19 @@ from storage.errors import (
     WriteConflict,
 )
 
-if TYPE_CHECKING:
-    from storage.stores.s3 import S3Store
+
+class Place(Protocol):
+    """What a message needs to know of the store that it is about: its URI's beginning, and who answers there."""
+
+    @property
+    def place(self) -> str:
+        """Return the bucket as it may be shown."""
+        ...
+
+    @property
+    def endpoint(self) -> str | None:
+        """Return the address that was given, or None for AWS's own."""
+        ...
 
 
 class RangeBeyondEnd(StorageError):
@@ -94,7 +105,7 @@ def cut_body_errors() -> tuple[type[Exception], ...]:
     return (IncompleteReadError, HTTPClientError, HTTPError, OSError)
 
 
-def translate(error: Exception, *, operation: str, key: str, store: S3Store) -> StorageError:
+def translate(error: Exception, *, operation: str, key: str, store: Place) -> StorageError:
     """Return the store's error for one of botocore's."""
     from botocore import exceptions as boto
 
@@ -114,12 +125,12 @@ def translate(error: Exception, *, operation: str, key: str, store: S3Store) -> 
         return BadStoreURI(f"{store.place}: {_line(error)}; check bucket name and endpoint_url")
     what = "cannot connect" if isinstance(error, boto.ConnectionError) else _line(error)
     return StoreUnavailable(
-        f"{where}: {what}; check that {store.options.endpoint_url or 'S3'} is up and reachable, then try again",
+        f"{where}: {what}; check that {store.endpoint or 'S3'} is up and reachable, then try again",
         key=key,
     )
 
 
-def _from_answer(response: Any, where: str, key: str, store: S3Store) -> StorageError:
+def _from_answer(response: Any, where: str, key: str, store: Place) -> StorageError:
     error = response.get("Error", {})
     code, message = str(error.get("Code", "")), _line(error.get("Message") or "no reason given")
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

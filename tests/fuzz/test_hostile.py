@@ -21,7 +21,7 @@ from storage.device.resolve import parse_release
 from storage.errors import InvalidManifest, InvalidShard, StorageError
 from storage.layout import CACHE_MARKER, blob_key, manifest_key, tag_key
 from storage.manifest import canonical_json
-from storage.registry import TagRecord
+from storage.references import TagRecord
 from storage.shard import read_shard
 from storage.stores.memory import MemoryStore
 from tests.fuzz import corpus

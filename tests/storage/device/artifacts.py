@@ -20,7 +20,7 @@ from storage.manifest import (
     SizeRecord,
     canonical_json,
 )
-from storage.registry import TagRecord
+from storage.references import TagRecord
 from storage.stores.blob_store import BlobStore
 
 
