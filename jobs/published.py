@@ -12,8 +12,7 @@ from storage.stores.uri import open_store
 from workers import runtime
 from workers.evaluate import top1
 from workers.inputs import networks
-from workers.inputs.checkpoint import fetch
-from workers.inputs.images import open_images
+from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
 from workers.measure import Measured
 from workers.scratch import scratch
@@ -46,7 +45,7 @@ def measure_published(
         WorkError, storage.StorageError: what is missing or does not fit.
     """
     with scratch("evaluate", tell=lambda text: listen(Event("note", "evaluate", message=text))) as folder:
-        images = open_images(fetch(data, folder))
+        images = fetch_images(data, folder)
         images.require_classes(limit)
         for note in (images.labelling.reading, images.labelling.left_out):
             if note:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nestquant.observers import Histogram
 from storage.manifest import Record
 from workers.errors import WorkError
-from workers.inputs.checkpoint import fetch, open_network
-from workers.inputs.images import open_images
+from workers.inputs.checkpoint import open_network
+from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
@@ -69,7 +69,7 @@ def observe(task: CalibrateTask) -> Observed:
             network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
             samples, skipped = 0, list[tuple[str, str]]()
         else:
-            images = open_images(fetch(task.data, folder)).sample(task.samples)
+            images = fetch_images(task.data, folder).sample(task.samples)
             samples = 0
             for inputs, _ in images.batches(
                 preprocessing, batch_size=task.batch_size, start=task.start, stop=task.stop

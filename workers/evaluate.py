@@ -106,7 +106,7 @@ def top1(
         if on_batch is not None:
             on_batch(total)
     if total == 0:
-        raise DataError(f"{images.path}: none of {len(images)} images could be read; the first: {images.skipped[0]}.")
+        raise DataError(f"{images.uri}: none of {len(images)} images could be read; the first: {images.skipped[0]}.")
     expected = sum(count * labelled[answer] for answer, count in answered.items()) / total
     return Accuracy(correct, total, time.perf_counter() - begin, expected)
 
@@ -115,7 +115,7 @@ def beyond_classes(images: ImageSet, label: int, classes: int) -> str:
     """Return what is wrong where a label is none of the network's classes."""
     reading = f" ({images.labelling.reading})" if images.labelling.reading else ""
     return (
-        f"{images.path}: label {label}{reading} is beyond the network's {classes} classes, 0 to {classes - 1}; check "
+        f"{images.uri}: label {label}{reading} is beyond the network's {classes} classes, 0 to {classes - 1}; check "
         "the labels, or model.kwargs.num_classes."
     )
 
@@ -123,7 +123,7 @@ def beyond_classes(images: ImageSet, label: int, classes: int) -> str:
 def chance_fault(accuracy: Accuracy, images: ImageSet) -> str:
     """Return what to say of a float network that answers by chance (`Accuracy.is_chance`)."""
     return (
-        f"{images.path}: the float network is right on {accuracy.correct} of {accuracy.total} images, and chance alone "
+        f"{images.uri}: the float network is right on {accuracy.correct} of {accuracy.total} images, and chance alone "
         f"gives {accuracy.expected:.1f}. Either the labels are not in the order of its classes "
         f"({images.labelling.reading or 'no reading known'}), or it was trained with another preprocessing "
         "(preprocess.size, mean, std), or its classifier is not trained. If this is meant, say evaluate.accept_chance: "

@@ -11,8 +11,8 @@ from storage.stores.uri import open_store
 from workers import runtime
 from workers.errors import DataError
 from workers.evaluate import Accuracy, chance_fault, top1
-from workers.inputs.checkpoint import fetch, open_network
-from workers.inputs.images import open_images
+from workers.inputs.checkpoint import open_network
+from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
@@ -76,7 +76,7 @@ def measure(task: MeasureTask) -> Measured:
             resident, network = nested.resident_bytes(), nested.network
             # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
             nested.set_residency("expanded")
-        images = open_images(fetch(task.data, folder))
+        images = fetch_images(task.data, folder)
         preprocessing = Preprocessing.from_record(task.network.preprocessing)
         name = f"{task.network.library} {task.network.arch} ({task.mode})"
         accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit, name=name)

@@ -22,8 +22,8 @@ from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import WorkError
-from workers.inputs.checkpoint import fetch, open_network
-from workers.inputs.images import open_images
+from workers.inputs.checkpoint import open_network
+from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
 from workers.lanes import Lanes, Walk
@@ -89,7 +89,7 @@ class Member:
         with scratch("reconstruct") as folder, threads(1):
             size = (1, len(preprocessing.mean), preprocessing.size, preprocessing.size)
             called = lanes.probe(torch.randn(size, generator=torch.Generator().manual_seed(0)))
-            images = open_images(fetch(task.data, folder)).sample(task.samples)
+            images = fetch_images(task.data, folder).sample(task.samples)
             samples = 0
             for start, stop in task.chunks:
                 batches = images.batches(preprocessing, batch_size=stop - start, start=start, stop=stop)

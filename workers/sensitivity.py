@@ -28,8 +28,8 @@ from storage.shard import build_shard
 from storage.stores.uri import open_store
 from workers.calibrate import NOISE_SEED
 from workers.errors import DataError, WorkError
-from workers.inputs.checkpoint import fetch, open_network
-from workers.inputs.images import open_images, spread
+from workers.inputs.checkpoint import open_network
+from workers.inputs.images import fetch_images, spread
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
 from workers.ledger import Ledger
@@ -154,7 +154,7 @@ def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batc
         shape = (task.samples, len(preprocessing.mean), preprocessing.size, preprocessing.size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         return [(one, torch.full((len(one),), -1)) for one in torch.split(noise, task.batch_size)], [], ()
-    images = open_images(fetch(task.data, folder)).sample(task.stop)
+    images = fetch_images(task.data, folder).sample(task.stop)
     stop = len(images)
     edge = min(task.samples, max(1, stop // 2)) if task.calibrated else min(task.samples, stop)
     # Spread over the set, as the samples are: a set is often sorted by class.

@@ -21,6 +21,7 @@ from storage.stores.s3 import S3Store
 from storage.stores.s3_errors import boto_errors, translate
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
+from workers.inputs.files import CHECKPOINT, IMAGES, InputKind, reading
 from workers.inputs.images import open_images
 
 
@@ -56,7 +57,7 @@ def revision(spec: JobSpec) -> str:
     return f"{library} pretrained" if model.pretrained else f"{library} random_seed {model.random_seed}"
 
 
-def _file_revision(uri: str) -> str:
+def _file_revision(uri: str, kind: InputKind = CHECKPOINT) -> str:
     if uri.startswith("s3://"):
         store = open_store(uri)
         if not isinstance(store, S3Store) or not store.prefix:
@@ -69,13 +70,15 @@ def _file_revision(uri: str) -> str:
         return f"etag {found['ETag']} {found['ContentLength']} bytes"
     path = Path(uri.removeprefix("file://")).expanduser()
     if not path.is_file():
-        raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
+        raise kind.missing(uri)
     return _sha256(path.resolve(), file_version(path.stat()))
 
 
 def _images_revision(uri: str) -> str:
-    path = Path(uri.removeprefix("file://")).expanduser()
-    return open_images(path).digest() if path.is_dir() else _file_revision(uri)
+    with reading(uri, IMAGES):
+        path = Path(uri.removeprefix("file://")).expanduser()
+        folder = path.is_dir()
+    return open_images(path, uri=uri).digest() if folder else _file_revision(uri, IMAGES)
 
 
 @functools.lru_cache(maxsize=1024)

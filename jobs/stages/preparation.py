@@ -21,9 +21,8 @@ from storage.stores.uri import open_store
 from workers.errors import DataError
 from workers.evaluate import beyond_classes
 from workers.executor import Executor
-from workers.inputs.checkpoint import fetch
 from workers.inputs.files import require_room
-from workers.inputs.images import ImageSet, open_images
+from workers.inputs.images import ImageSet, fetch_images
 
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Job:
@@ -93,13 +92,13 @@ def _check_images(spec: JobSpec, folder: Path) -> _Images:
     """Open every image set named in the spec, so that a wrong path or label costs no work."""
     judging, digest, resident_bytes, notes = None, None, 0, list[str]()
     if spec.evaluate is not None:
-        judging = open_images(fetch(spec.evaluate.data, folder))
+        judging = fetch_images(spec.evaluate.data, folder)
         judging.require_classes(spec.evaluate.limit)
         judging.check()
         resident_bytes = judging.resident_bytes
         notes += [f"evaluate.data: {note}" for note in (judging.labelling.reading, judging.labelling.left_out) if note]
     if spec.calibration is not None:
-        images = open_images(fetch(spec.calibration.data, folder))
+        images = fetch_images(spec.calibration.data, folder)
         images.check()
         digest = images.digest(min(spec.calibration.samples, len(images)))
         resident_bytes = max(resident_bytes, images.resident_bytes)
@@ -119,7 +118,7 @@ def _check_classes(spec: JobSpec, staged: StagedModel, images: ImageSet) -> None
         return
     if (images.labelling.classes or 0) > staged.classes:
         raise DataError(
-            f"{images.path} has {images.labelling.reading}; the network has {staged.classes} classes. Take away the "
+            f"{images.uri} has {images.labelling.reading}; the network has {staged.classes} classes. Take away the "
             "folders that are no classes, or say which they are in labels.csv."
         )
     highest = max(images.require_classes(spec.evaluate.limit))

@@ -12,7 +12,7 @@ from jobs.events import StageClock
 from jobs.spec.job import CalibrationSpec
 from jobs.stages.job import Job, Observation
 from workers.executor import Executor
-from workers.inputs.checkpoint import stored_file
+from workers.inputs.files import stored_file
 from workers.inputs.tensors import TensorSource
 from workers.synthesize import (
     CHUNK,

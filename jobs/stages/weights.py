@@ -21,7 +21,8 @@ from workers.errors import Need
 from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.inputs import networks
-from workers.inputs.checkpoint import fetch, to_safetensors
+from workers.inputs.checkpoint import to_safetensors
+from workers.inputs.files import fetch
 from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource

@@ -57,7 +57,7 @@ from pathlib import Path
 from jobs.cluster.submit import portable
 from jobs.spec.file import parse_spec
 from storage.stores.uri import open_store
-from workers.inputs.checkpoint import fetch
+from workers.inputs.files import fetch
 document, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 spec, store = parse_spec(document, where="test"), open_store(document["store"]["uri"])
 list(store.list("nothing/"))  # boto3's own memory is not meant

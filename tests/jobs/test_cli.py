@@ -128,7 +128,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(  # noqa: PLR0917 - pytest gives
     [
         ("model.arch=resnet81", 1, "timm has no model 'resnet81'. Did you mean"),
         ("model.checkpoint=/nowhere.safetensors", 1, "No file at /nowhere.safetensors"),
-        ("calibration.data=/nowhere.tar", 1, "No file at /nowhere.tar"),
+        ("calibration.data=/nowhere.tar", 1, "No images at /nowhere.tar: there is no such file or folder"),
         ("quantize.bits=[4,8]", 2, "expected widths from 1 to 8 that count down"),
         ("quantise.bits=[8,4]", 2, "unknown key 'quantise'. Did you mean 'quantize'?"),
         ("quantize.ignore=[nothing*]", 2, "matches none of the"),

@@ -14,7 +14,8 @@ from storage.stores.uri import open_store
 from tests.servers.s3_server import S3Server
 from workers.errors import CheckpointError, ModelError
 from workers.inputs import networks
-from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file, to_safetensors
+from workers.inputs.checkpoint import load_network, random_state, save_state, to_safetensors
+from workers.inputs.files import fetch, stored_file
 from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.tensors import TensorReader, TensorSource
 

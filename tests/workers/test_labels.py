@@ -20,8 +20,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from storage.stores.uri import open_store
 from workers.errors import DataError
-from workers.inputs.images import ImageSet, open_images
+from workers.inputs.files import stored_file
+from workers.inputs.images import ImageSet, fetch_images, open_images
 from workers.inputs.labels import IMAGE_SUFFIXES, Listing, by_table
 from workers.inputs.networks import Preprocessing
 
@@ -516,3 +518,38 @@ def test_an_arbitrary_table_is_read_or_refused_in_one_line(content: bytes) -> No
         assert len(text) < 700
     else:
         assert set(labelling.names) <= {"a.png", "b.png"}
+
+
+def test_messages_name_the_set_as_its_owner_does(tmp_path: Path) -> None:
+    uri = stored_file("memory://images", "sets/val.npz")
+    open_store("memory://images").put("sets/val.npz", b"no zip", mode="create")
+    with pytest.raises(DataError) as told:
+        fetch_images(uri, tmp_path)
+    assert (
+        str(told.value) == "memory://images#sets/val.npz cannot be read as an npz: BadZipFile: File is not a zip file."
+    )
+    open_store("memory://images").put("sets/val.npz", npz(tmp_path / "a.npz", x=X).read_bytes(), mode="overwrite")
+    with pytest.raises(DataError, match=r"^memory://images#sets/val\.npz has no labels: "):
+        fetch_images(uri, tmp_path / "again").require_labels()
+
+
+@pytest.mark.parametrize(
+    ("uri", "seen"),
+    [
+        (
+            "/nowhere/val.tar",
+            r"^No images at /nowhere/val\.tar: there is no such file or folder\. Give a folder, a \.tar",
+        ),
+        ("file:///nowhere/val", r"^No images at file:///nowhere/val: there is no such file or folder"),
+        (
+            "~nobody-here/val",
+            "^~nobody-here/val cannot be read as an image set: RuntimeError: Could not determine home",
+        ),
+        ("a" * 5000, "^Cannot read the image set a+: File name too long"),
+        ("s3://bucket", "^s3://bucket names a bucket; expected s3://bucket/path/to/file"),
+        ("/dev/null", "^/dev/null is no file"),
+    ],
+)
+def test_a_set_that_is_not_there_is_an_error_of_image_sets(uri: str, seen: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=seen):
+        fetch_images(uri, tmp_path)

@@ -243,7 +243,7 @@ anything = st.one_of(
 @example(OSError(errno.EMFILE, "Too many open files"))
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_raised_becomes_one_line_that_names_the_image(error: Exception) -> None:
-    images = ImageSet(Path("set"), Labelling(["a.png", "b\x1b[31m\nc.png", "d.png"], None), Raising(error))
+    images = ImageSet(Path("set"), "set", Labelling(["a.png", "b\x1b[31m\nc.png", "d.png"], None), Raising(error))
     kind = type(error).__name__
     try:
         inputs = torch.cat([batch for batch, _ in images.batches(PLAIN, batch_size=2)])
@@ -263,7 +263,7 @@ def test_whatever_is_raised_becomes_one_line_that_names_the_image(error: Excepti
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
 def test_the_machines_trouble_ends_the_task_instead_of_leaving_images_out(number: int) -> None:
-    images = ImageSet(Path("set"), Labelling(["a.png", "b.png"], None), Raising(OSError(number, "trouble")))
+    images = ImageSet(Path("set"), "set", Labelling(["a.png", "b.png"], None), Raising(OSError(number, "trouble")))
     with pytest.raises(DataError, match=r"Image b\.png cannot be read on this machine: .*trouble; try again\."):
         list(images.batches(PLAIN, batch_size=2))
     assert images.skipped == []
@@ -272,7 +272,11 @@ def test_the_machines_trouble_ends_the_task_instead_of_leaving_images_out(number
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 def test_a_wish_to_stop_is_no_fault_of_an_image(kind: type[BaseException]) -> None:
     with pytest.raises(kind):
-        list(ImageSet(Path("set"), Labelling(["a.png", "b.png"], None), Raising(kind())).batches(PLAIN, batch_size=2))
+        list(
+            ImageSet(Path("set"), "set", Labelling(["a.png", "b.png"], None), Raising(kind())).batches(
+                PLAIN, batch_size=2
+            )
+        )
 
 
 def whole_files() -> list[bytes]:

@@ -13,7 +13,8 @@ import torch
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import DataError
-from workers.inputs.checkpoint import fetch, load_network, random_state, save_state, stored_file
+from workers.inputs.checkpoint import load_network, random_state, save_state
+from workers.inputs.files import fetch, stored_file
 from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import TensorSource

@@ -48,20 +48,23 @@ class NumberedNames(Sequence[str]):
 
 
 class NpzReader:
-    """The images of an npz, read as a whole when the first is asked for; ``resident_bytes`` is what they take then."""
+    """The images of an npz, read as a whole when the first is asked for; ``resident_bytes`` is what they take then.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.shape, dtype = _header(path, "x")
+    ``path`` is where it is read, ``uri`` what the user calls it.
+    """
+
+    def __init__(self, path: Path, uri: str) -> None:
+        self.path, self.uri = path, uri
+        self.shape, dtype = _header(path, uri, "x")
         if dtype != np.uint8 or len(self.shape) not in (3, 4):
-            raise DataError(f"{path}: x is {dtype} {self.shape}; expected x as uint8 (N, H, W, C) or (N, H, W).")
+            raise DataError(f"{uri}: x is {dtype} {self.shape}; expected x as uint8 (N, H, W, C) or (N, H, W).")
         if len(self.shape) == 4 and self.shape[3] not in _CHANNELS:
             hint = ""
             if self.shape[1] in _CHANNELS:
                 hint = " This looks like (N, C, H, W): store x.transpose(0, 2, 3, 1)."
-            raise DataError(f"{path}: x is uint8 {self.shape}; expected (N, H, W, C) with 1 to 4 channels.{hint}")
+            raise DataError(f"{uri}: x is uint8 {self.shape}; expected (N, H, W, C) with 1 to 4 channels.{hint}")
         if 0 in self.shape:
-            raise DataError(f"{path} holds no image: x is uint8 {self.shape}.")
+            raise DataError(f"{uri} holds no image: x is uint8 {self.shape}.")
         self.resident_bytes = math.prod(self.shape)
         self._pixels: np.ndarray | None = None
 
@@ -72,7 +75,7 @@ class NpzReader:
             DataError: the file is damaged, or larger than the memory.
         """
         if self._pixels is None:
-            self._pixels = _array(self.path, "x")
+            self._pixels = _array(self.path, self.uri, "x")
         pixels = self._pixels[index]
         return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
 
@@ -87,25 +90,25 @@ class NpzReader:
                 while stream.read(_CHUNK):
                     pass
         except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct and the system
-            raise DataError(f"{self.path} is damaged: {one_line(error)}.") from error
+            raise DataError(f"{self.uri} is damaged: {one_line(error)}.") from error
 
 
-def array_labels(path: Path, count: int) -> Labelling:
+def array_labels(path: Path, uri: str, count: int) -> Labelling:
     """Return the labels of an npz of so many images; none where it has no ``y``, or one that is no label for each.
 
     Raises:
         DataError: ``y`` is not one value an image, or cannot be read.
     """
     names = NumberedNames(count)
-    if "y.npy" not in _members(path):
+    if "y.npy" not in _members(path, uri):
         return Labelling(names, None, fault="there is no array 'y' in the npz")
-    shape, dtype = _header(path, "y")
+    shape, dtype = _header(path, uri, "y")
     if shape != (count,):
         hint = " For one-hot rows, store y.argmax(axis=1)." if len(shape) == 2 and shape[0] == count else ""
-        raise DataError(f"{path}: y has shape {shape}; expected ({count},), one label an image.{hint}")
+        raise DataError(f"{uri}: y has shape {shape}; expected ({count},), one label an image.{hint}")
     if dtype.kind not in "biuf":
         return Labelling(names, None, fault=f"y is {dtype}; expected whole numbers")
-    values = _array(path, "y")
+    values = _array(path, uri, "y")
     fits = (values >= 0) & (values <= MAX_LABEL)
     if dtype.kind == "f":
         fits &= values == np.floor(values)
@@ -118,21 +121,21 @@ def array_labels(path: Path, count: int) -> Labelling:
     return Labelling(names, labels, reading=by_array(labels, where="the array 'y'"))
 
 
-def _members(path: Path) -> dict[str, zipfile.ZipInfo]:
+def _members(path: Path, uri: str) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename: info for info in archive.infolist()}
     except Exception as error:  # zipfile raises errors of its own, of struct and of the system
-        raise DataError(f"{path} cannot be read as an npz: {one_line(error)}.") from error
+        raise DataError(f"{uri} cannot be read as an npz: {one_line(error)}.") from error
 
 
-def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _header(path: Path, uri: str, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Return shape and type of an array, held against the size of its file."""
-    members = _members(path)
+    members = _members(path, uri)
     info = members.get(f"{name}.npy")
     if info is None:
         seen = shown([member.removesuffix(".npy") for member in members]) or "nothing"
-        raise DataError(f"{path}: no array {name!r}, but {seen}; expected x as uint8 (N, H, W, C) or (N, H, W).")
+        raise DataError(f"{uri}: no array {name!r}, but {seen}; expected x as uint8 (N, H, W, C) or (N, H, W).")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)
@@ -140,18 +143,18 @@ def _header(path: Path, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
             shape, _, dtype = read(stream)
             content = info.file_size - stream.tell()
     except Exception as error:  # as above, and what numpy raises for a header that is none
-        raise DataError(f"{path}: array {name!r} cannot be read: {one_line(error)}.") from error
+        raise DataError(f"{uri}: array {name!r} cannot be read: {one_line(error)}.") from error
     claimed = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or (not dtype.hasobject and claimed != content):
-        raise DataError(f"{path}: {name} claims to be {dtype} {shape}, {claimed} bytes, but has {content}.")
+        raise DataError(f"{uri}: {name} claims to be {dtype} {shape}, {claimed} bytes, but has {content}.")
     if content > _DEFLATE_FACTOR * path.stat().st_size:
-        raise DataError(f"{path}: {name} claims {content} bytes, more than the file can hold.")
+        raise DataError(f"{uri}: {name} claims {content} bytes, more than the file can hold.")
     return shape, dtype
 
 
-def _array(path: Path, name: str) -> np.ndarray:
+def _array(path: Path, uri: str, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays[name])
     except Exception as error:  # as above; MemoryError where the array is larger than the memory
-        raise DataError(f"{path}: array {name!r} cannot be read: {one_line(error)}.") from error
+        raise DataError(f"{uri}: array {name!r} cannot be read: {one_line(error)}.") from error

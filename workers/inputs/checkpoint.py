@@ -4,9 +4,8 @@ dict.
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from storage.digest import file_version
-from storage.stores.blob_store import is_key
-from storage.stores.s3 import S3Store
-from storage.stores.uri import open_store
 from workers.errors import CheckpointError
 from workers.inputs import networks
 from workers.inputs.files import reading, require_room, writing
@@ -30,61 +26,6 @@ from workers.tasks import NetworkRef
 
 # torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.
 _SEEDED = threading.Lock()
-
-
-def fetch(uri: str, folder: Path) -> Path:
-    """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
-
-    What ``stored_file`` names is downloaded from any store. What the folder holds of a URI already is not downloaded
-    again: all that a job does with it sees the same bytes.
-
-    Args:
-        uri: a path, file:///path, s3://bucket/path/to/file, or what ``stored_file`` returned.
-        folder: where downloads go, a folder of each URI's own.
-
-    Raises:
-        CheckpointError: there is no such file.
-        ScratchError: the folder cannot be written, or is full.
-        storage.StorageError: the store refused.
-
-    """
-    store_uri, mark, key = uri.rpartition("#")
-    place = folder / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
-        return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
-    if not uri.startswith("s3://"):
-        with reading(uri):
-            path = Path(uri.removeprefix("file://")).expanduser()
-            if not path.exists():
-                raise CheckpointError(f"No file at {uri}: expected a local path or an s3:// URI.")
-            return path.resolve()
-    store = open_store(uri)
-    if not isinstance(store, S3Store) or not store.prefix:
-        raise CheckpointError(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
-    return _downloaded(store.own_object(), place / Path(store.prefix.rstrip("/")).name)
-
-
-def _downloaded(pieces: Iterator[bytes], path: Path) -> Path:
-    """Write what comes piece by piece; under its name only when it is whole."""
-    if path.exists():
-        return path
-    partial, folder = path.with_name(f"{path.name}.partial"), path.parent
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = partial.open("wb")
-    try:
-        for piece in pieces:  # what a store raises is the store's
-            with writing(folder):
-                file.write(piece)
-    finally:
-        with writing(folder):
-            file.close()
-    return partial.replace(path)
-
-
-def stored_file(store_uri: str, key: str) -> str:
-    """Return a URI that ``fetch`` reads: an object of a store that is no bucket of plain files (no URI has a ``#``)."""
-    return f"{store_uri}#{key}"
 
 
 @dataclass(frozen=True)

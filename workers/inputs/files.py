@@ -1,30 +1,118 @@
-"""The file system as a boundary: whatever is raised while a user's file is read, or a temporary one written, becomes
-one line with its name.
+"""Users' files, here or in a store, and the file system as a boundary: whatever is raised while one is read, or a
+temporary one written, becomes one line with its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.errors import StorageError
-from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError, one_line, system_line
+from storage.stores.blob_store import is_key
+from storage.stores.s3 import S3Store
+from storage.stores.uri import open_store
+from workers.errors import CheckpointError, DataError, ScratchError, ScratchFull, WorkError, one_line, system_line
 
 _NUMBER = re.compile(r"\(os error (\d+)\)")  # how the safetensors library, which is no Python, tells them
 
 
+@dataclass(frozen=True)
+class InputKind:
+    """What a user's file is: its word in messages, and what they say where it is missing."""
+
+    word: str
+    read_as: str
+    error: type[CheckpointError] | type[DataError]
+    absent: str
+
+    def missing(self, uri: str) -> WorkError:
+        """Return the error of a file that is not there."""
+        return self.error(self.absent.format(uri=uri))
+
+
+CHECKPOINT = InputKind(
+    "checkpoint", "a checkpoint", CheckpointError, "No file at {uri}: expected a local path or an s3:// URI."
+)
+IMAGES = InputKind(
+    "image set",
+    "an image set",
+    DataError,
+    "No images at {uri}: there is no such file or folder. Give a folder, a .tar or an .npz, or an s3:// URI of one.",
+)
+
+
+def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
+    """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
+
+    What ``stored_file`` names is downloaded from any store. What the folder holds of a URI already is not downloaded
+    again: all that a job does with it sees the same bytes.
+
+    Args:
+        uri: a path, file:///path, s3://bucket/path/to/file, or what ``stored_file`` returned.
+        folder: where downloads go, a folder of each URI's own.
+        kind: what it is, for errors.
+
+    Raises:
+        CheckpointError, DataError: there is no such file.
+        ScratchError: the folder cannot be written, or is full.
+        storage.StorageError: the store refused.
+
+    """
+    store_uri, mark, key = uri.rpartition("#")
+    place = folder / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
+        return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
+    if not uri.startswith("s3://"):
+        with reading(uri, kind):
+            path = Path(uri.removeprefix("file://")).expanduser()
+            if not path.exists():
+                raise kind.missing(uri)
+            return path.resolve()
+    store = open_store(uri)
+    if not isinstance(store, S3Store) or not store.prefix:
+        raise kind.error(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
+    return _downloaded(store.own_object(), place / Path(store.prefix.rstrip("/")).name)
+
+
+def _downloaded(pieces: Iterator[bytes], path: Path) -> Path:
+    """Write what comes piece by piece; under its name only when it is whole."""
+    if path.exists():
+        return path
+    partial, folder = path.with_name(f"{path.name}.partial"), path.parent
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = partial.open("wb")
+    try:
+        for piece in pieces:  # what a store raises is the store's
+            with writing(folder):
+                file.write(piece)
+    finally:
+        with writing(folder):
+            file.close()
+    return partial.replace(path)
+
+
+def stored_file(store_uri: str, key: str) -> str:
+    """Return a URI that ``fetch`` reads: an object of a store that is no bucket of plain files (no URI has a ``#``)."""
+    return f"{store_uri}#{key}"
+
+
 @contextmanager
-def reading(name: str) -> Iterator[None]:
-    """Turn whatever is raised while a checkpoint is read into one line.
+def reading(name: str, kind: InputKind = CHECKPOINT) -> Iterator[None]:
+    """Turn whatever is raised while a user's file is read into one line.
 
     Args:
         name: what the user calls the file.
+        kind: what it is.
 
     Raises:
-        CheckpointError: the file is at fault, or the machine; errors of ours and of a store pass as they are.
+        CheckpointError, DataError: the file is at fault, or the machine; errors of ours and of a store pass as they
+            are.
 
     """
     try:
@@ -32,11 +120,11 @@ def reading(name: str) -> Iterator[None]:
     except (WorkError, StorageError):
         raise
     except OSError as error:
-        raise CheckpointError(f"Cannot read the checkpoint {name}: {system_line(error)}.") from error
+        raise kind.error(f"Cannot read the {kind.word} {name}: {system_line(error)}.") from error
     except MemoryError as error:
-        raise CheckpointError(f"{name} does not fit into this machine's memory.") from error
+        raise kind.error(f"{name} does not fit into this machine's memory.") from error
     except Exception as error:
-        raise CheckpointError(f"{name} cannot be read as a checkpoint: {one_line(error)}.") from error
+        raise kind.error(f"{name} cannot be read as {kind.read_as}: {one_line(error)}.") from error
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from PIL import Image
 
 from workers.errors import DataError, one_line, printable
 from workers.inputs.arrays import NpzReader, array_labels
+from workers.inputs.files import IMAGES, fetch, reading
 from workers.inputs.labels import (
     IMAGE_SUFFIXES,
     MAX_TABLE_BYTES,
@@ -52,10 +53,12 @@ class _Reader(Protocol):
 class ImageSet:
     """Images by index, and what is known of their labels.
 
-    ``skipped`` fills with ``(name, reason)`` as bad images are met.
+    ``path`` is where they are read, ``uri`` what the user calls them. ``skipped`` fills with ``(name, reason)`` as bad
+    images are met.
     """
 
     path: Path
+    uri: str
     labelling: Labelling
     reader: _Reader
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -109,7 +112,9 @@ class ImageSet:
         """Return the images at these places, in the order given."""
         names = [self.names[index] for index in chosen]
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
-        return ImageSet(self.path, replace(self.labelling, names=names, labels=labels), _Chosen(self.reader, chosen))
+        return ImageSet(
+            self.path, self.uri, replace(self.labelling, names=names, labels=labels), _Chosen(self.reader, chosen)
+        )
 
     @property
     def resident_bytes(self) -> int:
@@ -132,7 +137,7 @@ class ImageSet:
         """
         if self.labels is None:
             raise DataError(
-                f"{self.path} has no labels: {self.labelling.fault}. Evaluation needs labels.csv, a folder for each "
+                f"{self.uri} has no labels: {self.labelling.fault}. Evaluation needs labels.csv, a folder for each "
                 "class, or 'y' in the npz."
             )
         return self.labels
@@ -148,7 +153,7 @@ class ImageSet:
             part = "" if len(labels) == len(self) else f" in its first {len(labels)} images"
             reading = f" ({self.labelling.reading})" if self.labelling.reading else ""
             raise DataError(
-                f"{self.path} has one label alone{part}, {labels[0]}{reading}: a network that always gives this answer "
+                f"{self.uri} has one label alone{part}, {labels[0]}{reading}: a network that always gives this answer "
                 "would be right. Give the folder above the folders of all classes, labels.csv, or more images."
             )
         return labels
@@ -182,23 +187,38 @@ def spread(total: int, count: int) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def open_images(path: str | Path) -> ImageSet:
-    """Open a folder, a tar or an npz.
+def fetch_images(uri: str, folder: Path) -> ImageSet:
+    """Open a folder, a tar or an npz by its path or URI (`workers.inputs.files.fetch`); messages name it as given.
 
     Raises:
-        DataError: no such path, no image in it, or an npz without ``x``.
+        DataError: no such set, or none that can be relied upon; see ``open_images``.
+        ScratchError, storage.StorageError: it cannot be downloaded to ``folder``.
     """
-    source = Path(path)
-    if source.is_dir():
-        return _open_folder(source)
-    if not source.exists():
-        raise DataError(f"No images at {path}: there is no such file or folder. Give a folder, a .tar or an .npz.")
-    if not source.is_file():
-        raise DataError(f"{path} is no file. Give a folder, a .tar or an .npz.")
-    if source.suffix == ".npz":
-        reader = NpzReader(source)
-        return ImageSet(source, array_labels(source, reader.shape[0]), reader)
-    return _open_tar(source)
+    return open_images(fetch(uri, folder, IMAGES), uri=uri)
+
+
+def open_images(path: str | Path, *, uri: str | None = None) -> ImageSet:
+    """Open a folder, a tar or an npz.
+
+    Args:
+        path: where it is.
+        uri: what the user calls it; the path, where that is its only name.
+
+    Raises:
+        DataError: no such path, no image in it, or a table, an archive or an array that cannot be relied upon.
+    """
+    source, name = Path(path), printable(uri or str(path), most=1000)
+    with reading(name, IMAGES):
+        if source.is_dir():
+            return _open_folder(source, name)
+        if not source.exists():
+            raise IMAGES.missing(name)
+        if not source.is_file():
+            raise DataError(f"{name} is no file. Give a folder, a .tar or an .npz.")
+        if source.suffix == ".npz":
+            reader = NpzReader(source, name)
+            return ImageSet(source, name, array_labels(source, name, reader.shape[0]), reader)
+        return _open_tar(source, name)
 
 
 class _Chosen:
@@ -244,8 +264,8 @@ class _Tar:
         """Find nothing: the list of members was read to its end when the archive was opened."""
 
 
-def _open_folder(path: Path) -> ImageSet:
-    listing = _listing(path)
+def _open_folder(path: Path, uri: str) -> ImageSet:
+    listing = _listing(path, uri)
     tables = [name for name in listing.others if posixpath.basename(name) == TABLE]
     root = root_of(listing, tables)
     labelling = by_folders(listing, root=root)
@@ -254,13 +274,13 @@ def _open_folder(path: Path) -> ImageSet:
             with _open_file(path / root / TABLE) as stream:
                 content = stream.read(MAX_TABLE_BYTES + 1)
         except (OSError, ImageFault) as error:
-            raise DataError(f"{path}: {root}{TABLE} cannot be read: {one_line(error)}.") from error
-        labelling = by_table(content, listing, root=root, where=str(path))
-    _require_images(labelling, path)
-    return ImageSet(path, labelling, _Folder([path / name for name in labelling.names]))
+            raise DataError(f"{uri}: {root}{TABLE} cannot be read: {one_line(error)}.") from error
+        labelling = by_table(content, listing, root=root, where=uri)
+    _require_images(labelling, uri)
+    return ImageSet(path, uri, labelling, _Folder([path / name for name in labelling.names]))
 
 
-def _open_tar(path: Path) -> ImageSet:
+def _open_tar(path: Path, uri: str) -> ImageSet:
     try:
         with tarfile.open(path) as archive:
             members = {posixpath.normpath(member.name).lstrip("/"): member for member in archive.getmembers()}
@@ -270,23 +290,20 @@ def _open_tar(path: Path) -> ImageSet:
             table = archive.extractfile(members[root + TABLE]) if root + TABLE in tables else None
             content = table.read(MAX_TABLE_BYTES + 1) if table is not None else None
     except tarfile.ReadError as error:
-        raise DataError(f"{path} is neither a folder, an .npz nor a tar ({printable(str(error))}).") from error
+        raise DataError(f"{uri} is neither a folder, an .npz nor a tar ({printable(str(error))}).") from error
     except Exception as error:  # a damaged archive raises errors of gzip, lzma, zlib, struct and the system
-        raise DataError(f"{path} cannot be read as a tar: {one_line(error)}.") from error
-    if content is None:
-        labelling = by_folders(listing, root=root)
-    else:
-        labelling = by_table(content, listing, root=root, where=str(path))
-    _require_images(labelling, path)
-    return ImageSet(path, labelling, _Tar(path, [members[name] for name in labelling.names]))
+        raise DataError(f"{uri} cannot be read as a tar: {one_line(error)}.") from error
+    labelling = by_folders(listing, root=root) if content is None else by_table(content, listing, root=root, where=uri)
+    _require_images(labelling, uri)
+    return ImageSet(path, uri, labelling, _Tar(path, [members[name] for name in labelling.names]))
 
 
-def _require_images(labelling: Labelling, path: Path) -> None:
+def _require_images(labelling: Labelling, uri: str) -> None:
     if not labelling.names:
-        raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+        raise DataError(f"{uri} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
 
 
-def _listing(path: Path) -> Listing:
+def _listing(path: Path, uri: str) -> Listing:
     """Walk through a folder as ImageFolder does, links to folders included; a link to a folder that it lies in is left
     out.
 
@@ -295,7 +312,7 @@ def _listing(path: Path) -> Listing:
     """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{path}: a folder cannot be read: {one_line(error)}.") from error
+        raise DataError(f"{uri}: a folder cannot be read: {one_line(error)}.") from error
 
     images: list[str] = []
     folders: list[str] = []
