@@ -98,6 +98,9 @@ def test_a_file_cut_short_is_said_before_a_tensor_is_read(
     cut.write_bytes(whole[:-10])
     with pytest.raises(CheckpointError, match=rf"cut short: {size - 10} bytes, its header accounts for {size}; copy"):
         TensorReader(TensorSource(None, str(cut)))
+    cut.write_bytes(whole[:100])
+    with pytest.raises(CheckpointError, match=r"is cut short: its header takes \d+ bytes, 92 are there; copy it anew"):
+        TensorReader(TensorSource(None, str(cut)))
     cut.write_bytes(whole + b"more")
     with pytest.raises(CheckpointError, match=rf"holds more than its header names: {size + 4} bytes"):
         TensorReader(TensorSource(None, str(cut)))

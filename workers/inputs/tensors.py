@@ -181,7 +181,13 @@ class TensorReader:
             length = struct.unpack("<Q", prefix)[0]
             if not 2 <= length <= HEADER_CAP_BYTES:
                 raise ValueError(f"header length {length}")
-            document = json.loads(self._ranges.read(8, length))
+            header = self._ranges.read(8, length)
+            if len(header) < length:
+                raise CheckpointError(
+                    f"{self.source} is cut short: its header takes {length} bytes, {len(header)} are there; copy it "
+                    "anew."
+                )
+            document = json.loads(header)
             metadata = document.pop("__metadata__", {})
             base = 8 + length
             tensors = {
