@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Scheme = Literal["asymmetric", "symmetric"]
 Rounding = Literal["adaptive", "nearest"]
+Observer = Literal["minmax", "percentile", "mse", "sigma"]
 
 MAX_BITS = 8
 
@@ -28,6 +29,14 @@ def check_bits(bits: tuple[int, ...]) -> None:
 def level_shifts(bits: tuple[int, ...]) -> tuple[int, ...]:
     """Return by how many bits each level after the first shifts what is below it; ``(8, 6, 3)`` gives ``(3, 2)``."""
     return tuple(upper - lower for upper, lower in pairwise(bits))[::-1]
+
+
+def level_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the signed bits stored per weight and level: the high bits, then each shift plus one.
+
+    Why one more than the shift: ``nesting.decompose``.
+    """
+    return (bits[-1], *(shift + 1 for shift in level_shifts(bits)))
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,8 @@ class NestConfig:
 
     @property
     def level_bits(self) -> tuple[int, ...]:
-        """Signed bits stored per weight: the high bits, then each shift plus one (why: ``nesting.decompose``)."""
-        return (self.high_bits, *(shift + 1 for shift in self.shifts))
+        """Signed bits stored per weight and level (`level_bits`)."""
+        return level_bits(self.bits)
 
     def grid_bits(self, level: int) -> int:
         """Return the bits of the grid that levels ``0..level`` add up to; IndexError if there is no such level."""

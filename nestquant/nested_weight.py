@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nestquant.affine import QParams
-from nestquant.config import check_bits, level_shifts, signed_range
+from nestquant.config import check_bits, level_bits, level_shifts, signed_range
 from nestquant.packing import pack, packed_size, unpack
 from nestquant.surgery import LayerKind, channel_first_shape, from_channel_first
 
@@ -94,7 +94,7 @@ class NestedWeight(nn.Module):
     @property
     def level_bits(self) -> tuple[int, ...]:
         """Signed bits of each level's integers."""
-        return (self.bits[-1], *(shift + 1 for shift in level_shifts(self.bits)))
+        return level_bits(self.bits)
 
     @property
     def resident_bytes(self) -> int:
@@ -214,8 +214,7 @@ class NestedWeight(nn.Module):
 
 def pack_parts(parts: Sequence[Tensor], bits: tuple[int, ...]) -> list[NDArray[np.uint8]]:
     """Return int8 levels (level 0 first, output channel first) packed for ``NestedWeight``."""
-    level_bits = (bits[-1], *(shift + 1 for shift in level_shifts(bits)))
-    return [pack(part.cpu().numpy(), width) for part, width in zip(parts, level_bits, strict=False)]
+    return [pack(part.cpu().numpy(), width) for part, width in zip(parts, level_bits(bits), strict=False)]
 
 
 def _as_array(packed: Packed) -> NDArray[np.uint8]:

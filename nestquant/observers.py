@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Observer = Literal["minmax", "percentile", "mse", "sigma"]
+from nestquant.config import Observer
 
 SIGMAS = {8: 25.0, 6: 14.0, 4: 12.0}
 """Width of the data-free range in standard deviations, by bits (NestQuant, arXiv 2506.17870)."""

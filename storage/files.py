@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from storage.digest import digest_bytes
 from storage.errors import Damaged
 
 
@@ -46,7 +46,7 @@ def read_verified(path: Path, *, digest: str, size_bytes: int) -> bytes:
     if len(data) != size_bytes:
         longer = f"more than {size_bytes}" if len(data) > size_bytes else str(len(data))
         raise Damaged(f"{path}: {longer} bytes, expected {size_bytes}", key=digest)
-    seen = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    seen = digest_bytes(data)
     if seen != digest:
         raise Damaged(f"{path}: its SHA-256 is {seen}, expected {digest}", key=digest)
     return data

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -23,14 +23,11 @@ from storage.document import as_record, parse_json
 from storage.errors import InvalidManifest
 from storage.layout import MODEL_NAME
 
-SCHEMA_VERSION = 1
-
 # What a device may be asked to hold in mind before it has verified anything else.
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_BLOB_BYTES = 1 << 40
 MAX_PIXELS = 8192
 MAX_CHANNELS = 1024
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 MAX_WEIGHTS = 1 << 40
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -40,6 +37,8 @@ Codec = Literal["packed", "zstd"]
 LayerName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029]{0,512}$")]
 LayerKind = Literal["conv1d", "conv2d", "conv_transpose2d", "linear"]
 Scheme = Literal["asymmetric", "symmetric"]
+Library = Literal["timm", "pytorchcv"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 MEDIA_TYPE_SHARD = "application/vnd.nestquant.shard.v1+safetensors"
 MEDIA_TYPE_BASE = "application/vnd.nestquant.base.v1+safetensors"
@@ -273,9 +272,9 @@ def check_preprocessing(record: dict[str, Any]) -> None:
             raise ValueError(f"{key!r} is {str(values)[:40]}; expected at most {MAX_CHANNELS} numbers, one a channel")
     if len(mean) != len(std) or min(std, default=1) <= 0:
         raise ValueError("'mean' and 'std' must be as long as each other, and 'std' above 0")
-    if record.get("interpolation", "bilinear") not in INTERPOLATIONS:
+    if record.get("interpolation", "bilinear") not in get_args(Interpolation):
         raise ValueError(
-            f"'interpolation' is {str(record['interpolation'])[:40]!r}; expected {', '.join(INTERPOLATIONS)}"
+            f"'interpolation' is {str(record['interpolation'])[:40]!r}; expected {', '.join(get_args(Interpolation))}"
         )
 
 

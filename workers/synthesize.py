@@ -6,7 +6,6 @@ in their order. Any number of workers gives the same bytes.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
+from storage.digest import digest_bytes
 from storage.manifest import Digest, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -124,7 +124,7 @@ def join(task: JoinTask) -> SyntheticRecord:
     registry.store.put(ledger.synthetic_key("images.npz"), content, mode="overwrite")
     record = SyntheticRecord(
         images=ledger.synthetic_key("images.npz"),
-        digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
+        digest=digest_bytes(content),
         samples=len(images),
         network=ledger.synthetic_key("network.safetensors") if found else None,
         norms=len(found),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nestquant.config import NestConfig
+from nestquant.config import NestConfig, Rounding
 from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
 from workers.inputs.tensors import TensorSource
 
@@ -40,7 +40,7 @@ class PieceTask(Record):
     stop: int
     bits: tuple[int, ...]
     scheme: Scheme
-    rounding: Literal["adaptive", "nearest"]
+    rounding: Rounding
     solution: int | None = None
 
     @property

@@ -8,13 +8,12 @@ ledger.
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from jobs.spec.job import METHOD_VERSION, JobSpec
 from jobs.versions import tool_versions
-from storage.digest import digest_file, file_version
+from storage.digest import digest_bytes, digest_file, file_version
 from storage.errors import BadStoreURI
 from storage.manifest import canonical_json
 from storage.stores.s3 import S3Store
@@ -45,7 +44,7 @@ def request_digest(spec: JobSpec) -> str:
     for section in ("calibration", "evaluate"):
         if document[section] is not None:
             document[section]["data"] = _images_revision(document[section]["data"])
-    return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+    return digest_bytes(canonical_json(document))
 
 
 def revision(spec: JobSpec) -> str:

@@ -6,16 +6,17 @@ is read.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nestquant.config import Observer, Rounding
+from nestquant.config import check_bits as check_method_bits
+from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
-from storage.manifest import ModelName, Scheme, canonical_json
+from storage.manifest import Interpolation, Library, ModelName, Scheme, canonical_json
 from storage.stores.blob_store import check_key
 from workers.errors import ModelError
 from workers.inputs.arguments import check_arguments
@@ -27,8 +28,6 @@ identity."""
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
 
 DEFAULT_CHOICES = (3, 4, 5, 6)
-
-Observer = Literal["sigma", "minmax", "percentile", "mse"]
 
 
 class Section(BaseModel):
@@ -56,7 +55,7 @@ class ModelSpec(Section):
     lets the library download its own; ``random_seed`` takes the architecture's own initialisation.
     """
 
-    library: Literal["timm", "pytorchcv"]
+    library: Library
     arch: str
     kwargs: Arguments = Field(default_factory=dict)
     checkpoint: str | None = None
@@ -81,7 +80,7 @@ class Override(Section):
 
     bits: tuple[int, ...] | None = None
     scheme: Scheme | None = None
-    rounding: Literal["adaptive", "nearest"] | None = None
+    rounding: Rounding | None = None
 
 
 class ActivationSpec(Section):
@@ -137,7 +136,7 @@ class QuantizeSpec(Section):
     recipe: Literal["paper", "calibrated", "data_free"] = "paper"
     bits: tuple[int, ...] = (8, 4)
     scheme: Scheme = "asymmetric"
-    rounding: Literal["adaptive", "nearest"] = "adaptive"
+    rounding: Rounding = "adaptive"
     ignore: tuple[str, ...] = ()
     overrides: dict[str, Override] = Field(default_factory=dict)
     activations: ActivationSpec | None = None
@@ -187,7 +186,7 @@ class PreprocessSpec(Section):
     resize: int | None = Field(default=None, ge=8)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    interpolation: Interpolation | None = None
 
 
 class CalibrationSpec(Section):
@@ -346,7 +345,7 @@ class JobSpec(Section):
             },
             "shard_bytes": self.store.shard_bytes,
         }
-        return f"sha256:{hashlib.sha256(canonical_json(document)).hexdigest()}"
+        return digest_bytes(canonical_json(document))
 
 
 def check_storable(key: Callable[..., str], *arguments: object) -> None:
@@ -365,8 +364,10 @@ def check_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
     Raises:
         ValueError: naming what is wrong with them.
     """
-    if not bits or not all(1 <= width <= 8 for width in bits) or any(low >= high for high, low in pairwise(bits)):
+    try:
+        check_method_bits(bits)
+    except ValueError as error:
         raise ValueError(
             f"bits are {list(bits)}; expected widths from 1 to 8 that count down, full width first, such as [8, 4]"
-        )
+        ) from error
     return bits

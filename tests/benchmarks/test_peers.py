@@ -22,6 +22,7 @@ FLOATS = {
     "fdmobilenet_wd2": (888, 1300),
     "menet108_8x1_g3": (899, 1300),
     "squeezenet_v1_1": (945, 1300),
+    "efficientnet_lite0": (1083, 1300),
 }
 
 

@@ -66,7 +66,7 @@ def test_a_job_asks_for_nothing_twice(
     assert sent.by_kind(stops["publish"]) == {
         ("HeadObject", "blob"): blobs,
         ("GetObject", "blob"): blobs,
-        ("HeadObject", "manifest"): 1,
+        ("HeadObject", "manifest"): 2,  # the pull's, and the upgrade's: is it withdrawn?
         ("GetObject", "manifest"): 2,  # pulled back, then read for the tag
         ("GetObject", "tag"): 1,  # does it point at a later version?
         ("PutObject", "tag"): 1,

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from storage.manifest import Interpolation
 from workers.errors import ModelError, nearest
 from workers.inputs.arguments import check_arguments
 from workers.inputs.budget import bounded
-
-Library = Literal["timm", "pytorchcv"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Preprocessing:
     resize: int | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
 
     def to_record(self) -> dict[str, Any]:
         """Return it as plain JSON values, as the manifest keeps it."""

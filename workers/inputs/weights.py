@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from storage.layout import blob_key
-from storage.manifest import Digest, Record
+from storage.manifest import Digest, Library, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.inputs.checkpoint import pretrained_state, random_state, save_state
@@ -30,7 +29,7 @@ class WeightsTask(Record):
     too, or into the store at ``store_uri``.
     """
 
-    library: Literal["timm", "pytorchcv"]
+    library: Library
     arch: str
     kwargs: dict[str, object]
     random_seed: int | None
