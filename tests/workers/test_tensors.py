@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -81,6 +82,37 @@ def test_a_tensor_whose_bytes_do_not_fit_its_shape_is_named(tmp_path: Path) -> N
     header = {"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 12]}}
     with pytest.raises(CheckpointError, match=r"tensor 'w' holds 12 bytes; shape \(2, 2\) needs 16"):
         TensorReader(written(tmp_path, header, b"0" * 12))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "I8", "F4"]) | VALUES,
+        "shape": st.lists(st.integers(-2, 3), max_size=3) | VALUES,
+        "data_offsets": st.lists(st.integers(-8, 16), min_size=2, max_size=2) | VALUES,
+    }
+)
+
+
+@given(st.dictionaries(st.text(max_size=8), ENTRIES | VALUES, max_size=3) | VALUES, st.binary(max_size=32))
+def test_any_header_is_one_line_or_tensors_that_can_be_read(
+    tmp_path_factory: pytest.TempPathFactory, header: object, data: bytes
+) -> None:
+    source = written(tmp_path_factory.mktemp("header"), header, data)
+    try:
+        reader = TensorReader(source)
+    except CheckpointError as error:
+        told = str(error)
+    else:
+        told = ""
+        for name, info in reader.tensors.items():
+            with contextlib.suppress(CheckpointError):  # of values
+                assert tuple(reader.read(name).shape) == info.shape
+    assert told.isprintable()
 
 
 def test_an_unknown_dtype_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ import torch
 from storage.digest import file_version
 from storage.layout import is_blob_key
 from storage.stores.uri import open_store
-from workers.errors import CheckpointError
+from storage.tensor_file import is_shape
+from workers.errors import CheckpointError, printable
 from workers.inputs.files import reading, writing
 from workers.inputs.values import check_values
 
@@ -173,7 +174,8 @@ class TensorReader:
         self.source = source
         self._file = _File(source) if source.store is None else None
         self._ranges: _Ranges = self._file or _Stored(str(source.store), source.key)
-        self.tensors, self.metadata = self._header()
+        with reading(str(source)):  # whatever a header that is not one leads to
+            self.tensors, self.metadata = self._header()
 
     def _header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         try:
@@ -219,6 +221,10 @@ class TensorReader:
         return tensors, metadata
 
     def _check(self, name: str, info: TensorInfo) -> None:
+        if not all(map(is_shape, (list(info.shape), [info.start], [info.size_bytes]))):
+            raise CheckpointError(
+                f"{self.source}: tensor {name!r} has no shape of sizes: {printable(str(info.shape))}."
+            )
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.source}: tensor {name!r} has dtype {info.dtype}; expected one of {', '.join(DTYPES)}."
