@@ -65,7 +65,7 @@ def measure_published(
         preprocessing = (
             Preprocessing.from_record(manifest.preprocessing)
             if manifest.preprocessing is not None
-            else networks.default_preprocessing(manifest.model.library, model.network)
+            else networks.default_preprocessing(manifest.model.library, model.network, manifest.model.kwargs)
         )
         measured = []
         listen(Event("started", "evaluate"))

@@ -65,7 +65,7 @@ def observe(task: CalibrateTask) -> Observed:
         _observed(network, task.layers) as histograms,
     ):
         if task.data is None:
-            shape = (task.batch_size, len(preprocessing.mean), preprocessing.size, preprocessing.size)
+            shape = (task.batch_size, *preprocessing.input_shape)
             network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
             samples, skipped = 0, list[tuple[str, str]]()
         else:

@@ -87,7 +87,7 @@ class Member:
         preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
         lanes = self._lanes = Lanes(network, [piece.layer for piece in task.layers], task.level_count)
         with scratch("reconstruct") as folder, threads(1):
-            size = (1, len(preprocessing.mean), preprocessing.size, preprocessing.size)
+            size = (1, *preprocessing.input_shape)
             called = lanes.probe(torch.randn(size, generator=torch.Generator().manual_seed(0)))
             images = fetch_images(task.data, folder).sample(task.samples)
             samples = 0

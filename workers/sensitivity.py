@@ -151,7 +151,7 @@ def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batc
     """Return the batches that damage is measured on, those that moments are taken from, and what was left out."""
     preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
     if task.data is None:
-        shape = (task.samples, len(preprocessing.mean), preprocessing.size, preprocessing.size)
+        shape = (task.samples, *preprocessing.input_shape)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
         return [(one, torch.full((len(one),), -1)) for one in torch.split(noise, task.batch_size)], [], ()
     images = fetch_images(task.data, folder).sample(task.stop)

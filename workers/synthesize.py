@@ -75,21 +75,24 @@ def find_synthetic(registry: Registry, job: str) -> SyntheticRecord | None:
 
 
 def synthesize(task: SynthesizeTask) -> int:
-    """Store a chunk: its images as ``x`` uint8 ``[N, S, S, C]``, and the sums of each BatchNorm's inputs; return N.
+    """Store a chunk: its images as ``x`` uint8 ``[N, H, W, C]``, and the sums of each BatchNorm's inputs; return N.
 
     Raises:
         DataError: the network takes images of neither one nor three channels.
         WorkError: what goes into a BatchNorm is not finite; the message names it.
     """
     preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
-    if len(preprocessing.mean) not in (1, 3):
-        raise DataError(f"recipe 'data_free': {len(preprocessing.mean)} channels; expected a network of 1 or 3.")
+    channels, height, width = preprocessing.input_shape
+    if channels not in (1, 3):
+        raise DataError(f"recipe 'data_free': {channels} channels; expected a network of 1 or 3.")
     network = open_network(task.context.network)
     # One thread: how a sum is split over threads changes its last bit.
     with threads(1):
         images = synthetic_images(
-            task.samples, preprocessing.size, mean=preprocessing.mean, std=preprocessing.std, seed=task.chunk
+            task.samples, max(height, width), mean=preprocessing.mean, std=preprocessing.std, seed=task.chunk
         )
+        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        images = images[:, top : top + height, left : left + width].contiguous()
         try:
             found = take_statistics(network, _normalised(images, preprocessing))
         except ValueError as error:
@@ -150,6 +153,6 @@ def _chunk_key(ledger: Ledger, chunk: int) -> str:
 
 
 def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return float32 ``[N, C, S, S]``, as ``workers.inputs.images.to_input`` does for one image."""
+    """Return float32 ``[N, C, H, W]``, as ``workers.inputs.images.to_input`` does for one image."""
     mean, std = (torch.tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

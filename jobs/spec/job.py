@@ -9,14 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nestquant.config import Observer, Rounding
 from nestquant.config import check_bits as check_method_bits
 from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
-from storage.manifest import Interpolation, Library, ModelName, Scheme, canonical_json
+from storage.manifest import MAX_PIXELS, Interpolation, Library, ModelName, Scheme, canonical_json
 from storage.stores.blob_store import check_key
 from workers.errors import ModelError
 from workers.inputs.arguments import check_arguments
@@ -179,14 +188,35 @@ class QuantizeSpec(Section):
         return overrides
 
 
-class PreprocessSpec(Section):
-    """How images become inputs; what is left out comes from the library's own configuration."""
+_PIXELS: TypeAdapter[tuple[int, ...]] = TypeAdapter(tuple[Annotated[int, Field(ge=8, le=MAX_PIXELS)], ...])
 
-    size: int | None = Field(default=None, ge=8)
-    resize: int | None = Field(default=None, ge=8)
+
+class PreprocessSpec(Section):
+    """How images become inputs; what is left out comes from the library's own configuration, for the network as its
+    arguments build it.
+
+    ``size`` and ``resize`` are pixels: one number, or ``[height, width]`` where the input is no square. The image is
+    shrunk until it just covers ``resize``, then ``size`` is cut from its centre.
+    """
+
+    size: int | tuple[int, int] | None = None
+    resize: int | tuple[int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
+
+    @field_validator("size", "resize", mode="before")
+    @classmethod
+    def _pixels(cls, sides: Any) -> Any:
+        if sides is None:
+            return None
+        given = sides if isinstance(sides, list | tuple) and len(sides) == 2 else (sides,)
+        try:
+            height, *rest = _PIXELS.validate_python(given)
+        except ValidationError as error:
+            raise ValueError(f"expected 8 to {MAX_PIXELS} pixels, or two such numbers, [height, width]") from error
+        # A square is one number, however it is written: the same job.
+        return (height, *rest) if rest and rest[0] != height else height
 
 
 class CalibrationSpec(Section):

@@ -163,4 +163,4 @@ def _forward_bytes(staged: StagedModel) -> int:
 
 def _input_bytes(staged: StagedModel) -> int:
     """One image as float32."""
-    return 4 * len(staged.preprocessing.mean) * staged.preprocessing.size**2
+    return 4 * math.prod(staged.preprocessing.input_shape)

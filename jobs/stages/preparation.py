@@ -40,6 +40,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
     with clock.stage("stage"):
         kept_in = None if executor.same_machine else registry
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
+        _check_channels(spec, staged)
         if images.judging is not None:
             _check_classes(spec, staged, images.judging)
     with clock.stage("plan"):
@@ -104,6 +105,16 @@ def _check_images(spec: JobSpec, folder: Path) -> _Images:
         resident_bytes = max(resident_bytes, images.resident_bytes)
         notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]
     return _Images(judging, digest, resident_bytes, tuple(notes))
+
+
+def _check_channels(spec: JobSpec, staged: StagedModel) -> None:
+    """Refuse images for a network that takes none of theirs."""
+    channels = staged.preprocessing.input_shape[0]
+    if channels not in (1, 3) and (spec.evaluate is not None or spec.calibration is not None):
+        raise PlanError(
+            f"{spec.model.library} {spec.model.arch} takes inputs of {channels} channels; images have 1 or 3. Leave "
+            "'evaluate' and 'calibration' out, or set model.kwargs."
+        )
 
 
 def _check_classes(spec: JobSpec, staged: StagedModel, images: ImageSet) -> None:

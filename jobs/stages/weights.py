@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jobs.errors import PlanError
 from jobs.spec.job import ModelSpec, PreprocessSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
 from storage.layout import blob_key
 from storage.registry import Registry
-from workers.errors import Need
+from workers.errors import Need, one_line
 from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.inputs import networks
@@ -87,6 +88,7 @@ def stage(
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
+        PlanError: the network does not run on the inputs that the spec asks for.
     """
     found: tuple[str, ...] = ()
     if spec.checkpoint is None:
@@ -104,7 +106,7 @@ def stage(
         tensors = check_fit(network, reader)
         digest, source = _kept(weights.path, reader, registry)
         found = weights.notes
-    preprocessing = resolve_preprocessing(spec.library, network, preprocess)
+    preprocessing = resolve_preprocessing(spec, network, preprocess)
     trace = _trace(spec, network, preprocessing)
     return StagedModel(
         network=NetworkRef(
@@ -127,14 +129,25 @@ def stage(
     )
 
 
-def resolve_preprocessing(library: str, network: nn.Module, spec: PreprocessSpec) -> Preprocessing:
-    """Return the library's preprocessing with what the spec says on top; a size of one's own drops the library's
-    resize.
+def resolve_preprocessing(model: ModelSpec, network: nn.Module, spec: PreprocessSpec) -> Preprocessing:
+    """Return the library's preprocessing for a network with what the spec says on top; a size of one's own drops the
+    library's resize.
+
+    Raises:
+        PlanError: ``mean`` and ``std`` are of different channels.
+        ModelError: the network takes no images.
     """
-    record: dict[str, Any] = networks.default_preprocessing(library, network).to_record()
-    if spec.size is not None and spec.size != record["size"]:
+    record: dict[str, Any] = networks.default_preprocessing(model.library, network, model.kwargs).to_record()
+    asked = spec.model_dump(mode="json", exclude_none=True)
+    if spec.size is not None and asked["size"] != record["size"]:
         record["resize"] = None
-    return Preprocessing.from_record(record | spec.model_dump(exclude_none=True))
+    record |= asked
+    if len(record["mean"]) != len(record["std"]):
+        raise PlanError(
+            f"preprocess.mean is {record['mean']} and preprocess.std {record['std']}: expected a value of each for "
+            "every channel."
+        )
+    return Preprocessing.from_record(record)
 
 
 def _made(
@@ -182,14 +195,24 @@ class _Trace:
 def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) -> _Trace:
     """Trace the order of execution, the memory of a forward and the shape of its answer without computing anything;
     some networks do not run on the meta device, and are listed as registered.
+
+    Raises:
+        PlanError: it runs on the inputs that its library states, but not on those that the spec asks for.
     """
-    example = torch.zeros(1, len(preprocessing.mean), preprocessing.size, preprocessing.size, device="meta")
+    example = torch.zeros(1, *preprocessing.input_shape, device="meta")
     footprint, answers = Footprint(), list[Any]()
     handle = network.register_forward_hook(lambda _, __, answer: answers.append(answer))
     try:
         with footprint:
             traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises
+        stated = networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
+        if stated != preprocessing.input_shape and _runs(network, stated):
+            asked = " x ".join(map(str, preprocessing.input_shape))
+            raise PlanError(
+                f"preprocess: {spec.library} {spec.arch} does not run on inputs of {asked} ({one_line(error)}), but on "
+                f"{' x '.join(map(str, stated))}; leave preprocess.size, mean and std out, or set model.kwargs."
+            ) from error
         order = tuple(site.name for site in find_layers(network).layers)
         guessed = max(footprint.peak_bytes, _UNTRACED_INPUTS * example.nbytes)
         text = f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered."
@@ -202,6 +225,15 @@ def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) ->
         else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
     )
     return _Trace(traced.names, footprint.peak_bytes, notes, *_classes(network, answers[-1]))
+
+
+def _runs(network: nn.Module, shape: tuple[int, int, int]) -> bool:
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *shape, device="meta"))
+    except Exception:  # as above
+        return False
+    return True
 
 
 def _classes(network: nn.Module, answer: Any) -> tuple[int | None, str]:

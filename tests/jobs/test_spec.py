@@ -103,6 +103,48 @@ def test_dotted_changes_reach_inside_and_leave_the_document_alone() -> None:
     assert document == {"a": {"b": 1, "c": 2}}
 
 
+def test_jobs_of_earlier_releases_keep_their_identity() -> None:
+    """A ledger lives under it: another identity would do all the work again. Taken from a release before this test."""
+    document = {
+        "name": "net",
+        "model": {"library": "timm", "arch": "resnet18", "kwargs": {"num_classes": 10}, "checkpoint": "w.safetensors"},
+        "preprocess": {"size": 32, "resize": 36, "mean": [0.5, 0.5, 0.5], "interpolation": "bilinear"},
+        "quantize": {"recipe": "calibrated", "bits": [8, 4], "activations": {"observer": "mse"}},
+        "calibration": {"data": "x.npz", "samples": 64},
+        "store": {"uri": "store"},
+    }
+    digests = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": "sha256:" + "1" * 64}
+    found = parse_spec(document, where="test").identity(**digests)
+    assert found == "sha256:cb6df4c16953766483ed5f1fdb271759f1af689eff099f5968c9d0ce3752c3c6"
+    document["preprocess"] = {
+        "size": [32, 32],
+        "resize": [36, 36],
+        "mean": [0.5, 0.5, 0.5],
+        "interpolation": "bilinear",
+    }
+    assert parse_spec(document, where="test").identity(**digests) == found
+    document["preprocess"] = {"size": [32, 48]}
+    assert parse_spec(document, where="test").identity(**digests) != found
+
+
+@pytest.mark.parametrize("key", ["size", "resize"])
+@pytest.mark.parametrize(
+    "sides", [7, 8193, -1, "x", 32.5, True, [32], [32, 4], [32, 32, 32], [32, "x"], {"a": 1}, [], ""]
+)
+def test_sizes_that_no_input_has_are_one_line(key: str, sides: Any, tiny_document: Document) -> None:
+    with pytest.raises(SpecError) as told:
+        parse_spec(tiny_document(**{f"preprocess__{key}": sides}), where="test")
+    assert str(told.value).startswith(
+        f"test: 'preprocess.{key}': expected 8 to 8192 pixels, or two such numbers, [height, width]."
+    )
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("given", "kept"), [(8, 8), (32.0, 32), ("224", 224), ([32, 48], (32, 48)), ([48.0, 48], 48)])
+def test_sizes_are_numbers_or_two_of_them(given: Any, kept: Any, tiny_document: Document) -> None:
+    assert parse_spec(tiny_document(preprocess__size=given), where="test").preprocess.size == kept
+
+
 def test_identity_follows_what_is_asked_and_not_where_it_runs(tiny_document: Document) -> None:
     def identity(**changes: Any) -> str:
         spec = parse_spec(tiny_document(**changes), where="job.yaml")

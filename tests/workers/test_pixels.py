@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data.transforms import ResizeKeepRatio
 from torchvision.transforms import v2
 
 from workers.errors import DataError
@@ -162,6 +163,32 @@ def test_a_truncated_file_is_left_out_by_name(kind: str, tmp_path: Path) -> None
     images = open_images(tmp_path)
     assert sum(len(batch) for batch, _ in images.batches(PLAIN, batch_size=8)) == 0
     assert [name for name, _ in images.skipped] == list(images.names)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (40, 200), (300, 50), (33, 47), (20, 20), (12, 90)])
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (32, 32)])
+def test_inputs_that_are_no_squares_are_what_timm_makes_of_them(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    cover = ResizeKeepRatio(size, longest=0.0, interpolation="bilinear")
+    expected = v2.functional.pil_to_tensor(v2.functional.center_crop(cover(image), list(size)))
+    # Ours never enlarges to ``resize``; to ``size`` it does, as here.
+    preprocessing = Preprocessing(size, size, (0.0,) * 3, (1.0,) * 3)
+    assert preprocessing.input_shape == (3, *size)
+    assert np.array_equal(levels(image, preprocessing), expected.numpy())
+    unshrunk = Preprocessing(size, None, (0.0,) * 3, (1.0,) * 3)
+    if shape[0] >= size[0] and shape[1] >= size[1]:
+        expected = v2.functional.pil_to_tensor(v2.functional.center_crop(image, list(size)))
+        assert np.array_equal(levels(image, unshrunk), expected.numpy())
+
+
+def test_two_equal_sides_are_a_square() -> None:
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (50, 61, 3), dtype=np.uint8))
+    square, sides = (
+        Preprocessing(24, 30, (0.5,) * 3, (0.2,) * 3),
+        Preprocessing((24, 24), (30, 30), (0.5,) * 3, (0.2,) * 3),
+    )
+    assert torch.equal(to_input(image, square), to_input(image, sides))
 
 
 def test_a_strip_is_refused_and_not_enlarged_to_gigabytes() -> None:

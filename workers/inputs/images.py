@@ -79,7 +79,7 @@ class ImageSet:
     def batches(
         self, preprocessing: Preprocessing, *, batch_size: int, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield ``(images, labels)``: float32 (B, C, S, S) contiguous and int64 (B,), labels -1 where there are none.
+        """Yield ``(images, labels)``: float32 (B, C, H, W) contiguous and int64 (B,), labels -1 where there are none.
 
         An image that cannot be used is left out and noted in ``skipped``; it is never replaced.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,15 +24,26 @@ from workers.inputs.budget import bounded
 class Preprocessing:
     """How an image becomes a network's input.
 
-    The short side is shrunk to ``resize`` pixels where it is longer (never enlarged), then ``size x size`` is cut
-    from the centre, scaled to [0, 1] and normalised per channel. An image smaller than ``size`` is enlarged to it.
+    ``size`` and ``resize`` are pixels, one number for a square or ``(height, width)``. The image is shrunk until it
+    just covers ``resize`` where it is larger (never enlarged), then ``size`` is cut from its centre, scaled to [0, 1]
+    and normalised per channel. An image smaller than ``size`` is enlarged until it covers it.
     """
 
-    size: int
-    resize: int | None
+    size: int | tuple[int, int]
+    resize: int | tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Interpolation = "bilinear"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Return the shape of one input: channels, height, width."""
+        return (len(self.mean), *_sides(self.size))
+
+    @property
+    def cover(self) -> tuple[int, int] | None:
+        """Return height and width of ``resize``."""
+        return None if self.resize is None else _sides(self.resize)
 
     def to_record(self) -> dict[str, Any]:
         """Return it as plain JSON values, as the manifest keeps it."""
@@ -132,23 +144,65 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def default_preprocessing(library: str, model: nn.Module) -> Preprocessing:
-    """Return the preprocessing that the library states for a network; pytorchcv states the input size alone, so
-    ImageNet's usual values join it.
-    """
-    if library == "timm":
-        import timm.data
+def default_preprocessing(library: str, model: nn.Module, kwargs: Mapping[str, Any] | None = None) -> Preprocessing:
+    """Return the preprocessing that the library states for a network built with these arguments.
 
-        config = timm.data.resolve_model_data_config(model)
-        size = int(config["input_size"][-1])
-        return Preprocessing(
-            size=size,
-            resize=round(size / float(config["crop_pct"])),
-            mean=tuple(float(value) for value in config["mean"]),
-            std=tuple(float(value) for value in config["std"]),
-            interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
-        )
-    size = int(getattr(model, "in_size", (224, 224))[0])
-    channels = int(getattr(model, "in_channels", 3))
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels, (0.5,) * channels)
-    return Preprocessing(size=size, resize=round(size / 0.875) if size >= 128 else None, mean=mean, std=std)
+    What an argument says of its inputs (``img_size``, ``in_chans``; ``in_size``, ``in_channels``) wins over what the
+    weights of that name were trained with. For another number of channels than mean and deviation are stated for, each
+    channel takes their average, as timm's own loader has it. pytorchcv states the input size alone, so ImageNet's usual
+    values join it.
+
+    Raises:
+        ModelError: the network takes no images.
+    """
+    arguments = kwargs or {}
+    if library == "timm":
+        return _timm_preprocessing(model, arguments)
+    sides = getattr(model, "in_size", (224, 224))
+    if not isinstance(sides, tuple | list) or len(sides) != 2:
+        raise ModelError(f"{type(model).__name__} takes no images: its in_size is {sides!r}; expected (height, width).")
+    channels = int(arguments.get("in_channels", 3))
+    height, width = int(sides[0]), int(sides[1])
+    large = min(height, width) >= 128
+    return Preprocessing(
+        size=_square((height, width)),
+        resize=_square((round(height / 0.875), round(width / 0.875))) if large else None,
+        mean=_for_channels(IMAGENET_MEAN, channels),
+        std=_for_channels(IMAGENET_STD, channels),
+    )
+
+
+def _timm_preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(model)
+    asked = arguments.get("img_size")
+    channels = int(arguments.get("in_chans") or config["input_size"][0])
+    height, width = config["input_size"][-2:] if asked is None else _sides(asked)
+    config = timm.data.resolve_model_data_config(model, args={"input_size": (channels, int(height), int(width))})
+    _, height, width = config["input_size"]
+    crop = float(config["crop_pct"])
+    return Preprocessing(
+        size=_square((height, width)),
+        resize=_square((round(height / crop), round(width / crop))),
+        mean=_for_channels(config["mean"], channels),
+        std=_for_channels(config["std"], channels),
+        interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
+    )
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return the values, or their average for each channel where there are more or fewer."""
+    numbers = tuple(float(value) for value in values)
+    return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Return height and width of what is one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _square(sides: tuple[int, int]) -> int | tuple[int, int]:
+    """Return one number for a square, as specs and manifests have it."""
+    return sides[0] if sides[0] == sides[1] else sides

@@ -131,30 +131,26 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Turn one image into float32 (C, S, S), normalised; C follows from the number of means.
+    """Turn one image into float32 (C, H, W), normalised.
 
     Raises:
         ImageFault: the image is so narrow that it would have to be enlarged beyond all bounds.
     """
-    channels = len(preprocessing.mean)
+    channels, height, width = preprocessing.input_shape
     image = image.convert("L" if channels == 1 else "RGB")
-    short = min(image.size)
-    target = max(preprocessing.size, min(short, preprocessing.resize or short))
-    if short != target:
-        factor = target / short
-        size = (
-            max(preprocessing.size, round(image.width * factor)),
-            max(preprocessing.size, round(image.height * factor)),
-        )
+    # As divisions of whole numbers, so that a factor of one is exactly that.
+    least = max(height / image.height, width / image.width)
+    cover = preprocessing.cover
+    factor = max(least, 1.0 if cover is None else min(1.0, max(cover[0] / image.height, cover[1] / image.width)))
+    if factor != 1.0:
+        size = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
         if factor > 1 and size[0] * size[1] > MAX_ENLARGED_PIXELS:
             raise ImageFault(f"{image.width} x {image.height} pixels would be enlarged to {size[0]} x {size[1]}")
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     # As torchvision's CenterCrop: an odd margin's half goes to the nearest even offset.
-    left, top = round((image.width - preprocessing.size) / 2), round((image.height - preprocessing.size) / 2)
-    image = image.crop((left, top, left + preprocessing.size, top + preprocessing.size))
-    pixels = np.asarray(image, dtype=np.float32).reshape(preprocessing.size, preprocessing.size, channels) / np.float32(
-        255
-    )
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
     mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
     normalised = (pixels - mean) / std
     return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
