@@ -15,7 +15,7 @@ BITS ?= [8,4]
 # Other quantizers that ours is measured beside, each in an environment of its own.
 PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
 
-.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival tables peers clean help
+.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
 
 help:
 	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
@@ -25,6 +25,7 @@ help:
 	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
 	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
+	@echo "make sweep      every architecture of timm and pytorchcv through a job, smallest of each family first (MINUTES=60)"
 	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
 
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -70,6 +71,11 @@ bench-cluster: $(BIN)/.ready
 # A zoo on three nodes, killed twice: needs the test data (NESTQUANT_TEST_DATA); fails where a promise does not hold.
 zoo-survival: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.zoo_survival --write
+
+# Every architecture of timm and pytorchcv up to 30 M weights; goes on where it stopped. Hours in all: MINUTES= bounds one sitting.
+MINUTES ?= 60
+sweep: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.sweep --minutes $(MINUTES)
 
 tables: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.accuracy_table

@@ -133,7 +133,7 @@ def sign(
     keys = _Keys(_living_root(store), signers)
     versions = set(versions)
     taken = {manifest_key(name, version) for version in withdraw}
-    edition = _newest_edition(store, name)
+    edition = newest_edition(store, name)
     for _ in range(_ATTEMPTS):
         before = {} if afresh or not edition else _read_targets(store, name, edition, keys).targets
         tags = _forward(name, tags, before, backwards)
@@ -158,7 +158,7 @@ def refresh(store: BlobStore, name: str, signers: Sequence[CryptoSigner], *, liv
     """
     check_clock(store)
     root = _living_root(store)
-    edition = _newest_edition(store, name)
+    edition = newest_edition(store, name)
     if not edition:
         raise SigningError(f"{name}: nothing was signed yet; sign a version first")
     ends = {role: end for role, end in expiries(store, name).items() if role in (Targets.type, Snapshot.type)}
@@ -219,8 +219,11 @@ def _withdrawn(path: str, file: TargetFile, name: str, taken: set[str]) -> bool:
     return path in taken or manifest_key(name, file.custom["version"]) in taken
 
 
-def _newest_edition(store: BlobStore, name: str) -> int:
-    """Return the highest edition; they are numbered without a gap, so doubling and bisecting finds it without LIST."""
+def newest_edition(store: BlobStore, name: str) -> int:
+    """Return the highest edition, 0 where nothing was signed.
+
+    Editions are numbered without a gap, so doubling and bisecting finds it without LIST.
+    """
     low, step = 0, 1
     while store.exists(trust_key(name, f"{low + step}.targets")):
         low, step = low + step, step * 2

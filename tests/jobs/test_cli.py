@@ -364,3 +364,33 @@ def test_what_a_manifest_says_is_shown_and_never_obeyed(nestquant: Run, store: P
     assert "[red]x[/] :smile: \ufffd]0;title\ufffd\ufffd[2J\ufffd" in out
     assert "[link=file:///etc]a[/]" in out
     assert not {"\x1b", "\x07", "\u202e"} & {*out}
+
+
+def test_a_device_without_credentials_pulls_by_an_index_of_urls(
+    nestquant: Run, tiny_document: Document, moto_s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs.driver import run_job
+    from jobs.spec.file import parse_spec
+    from workers.executor import InProcessExecutor
+
+    uri, index, cache = moto_s3.uri(), tmp_path / "index.json", tmp_path / "cache"
+    run_job(
+        parse_spec(
+            tiny_document(store__uri=uri, evaluate=None, calibration=None, quantize__activations=None), where="t"
+        ),
+        InProcessExecutor(),
+    )
+    code, out, err = nestquant("presign", "tiny", "--store", uri, "--hours", "1", "-o", index)
+    assert (code, err) == (0, "")
+    assert f"URLs of tiny version 1, for 1 h: nestquant pull tiny@1 --store presigned:{index}" in out
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for ref in ("tiny@1", "tiny"):
+        code, out, err = nestquant("pull", ref, "--store", f"presigned:{index}", "--cache", cache, "--allow-unsigned")
+        assert code == 0, err
+    code, out, err = nestquant("upgrade", "tiny", "--store", f"presigned:{index}", "--cache", cache)
+    assert code == 0, err
+
+    code, _, err = nestquant("presign", "tiny", "--store", tmp_path / "folder", "-o", index)
+    assert code == 2
+    assert "only an s3:// store presigns URLs" in err

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(name="ls", epilog="Example: nestquant ls --store ./store")(ls)
     app.command(epilog="Example: nestquant inspect resnet18@3 --store ./store")(inspect)
+    app.command(epilog="Example: nestquant presign resnet18@3 --store s3://models --hours 24 -o index.json")(presign)
 
 
 def ls(*, store: Store, as_json: Json = False) -> None:
@@ -96,6 +98,46 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
         out.print(
             f"top-1 {measured['mode']}{activations}: {100 * share:.2f} ± {error:.2f} % of {measured['total']} images"
         )
+
+
+def presign(
+    model: Model,
+    *,
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the index, for devices to be given.")],
+    hours: Annotated[float, typer.Option(min=0.01, max=168, help="How long its URLs work; S3 allows a week.")] = 24,
+    as_json: Json = False,
+) -> None:
+    """Write URLs that let a device without credentials pull one version: nestquant pull NAME --store presigned:INDEX.
+
+    Where the version is signed, the index names the signed documents too.
+    """
+    from storage.device.presign import Presigner, keys_of, trust_keys_of
+    from storage.errors import BadStoreURI
+    from storage.registry import Registry
+    from storage.signing.metadata import newest_edition
+    from storage.signing.root import newest_root
+    from storage.stores.s3 import S3Store
+    from storage.stores.uri import open_store
+
+    opened = open_store(store)
+    if not isinstance(opened, S3Store):
+        raise BadStoreURI(f"{store}: only an s3:// store presigns URLs; devices read a folder or https:// as it is")
+    name, ref = split_ref(model)
+    registry = Registry(opened)
+    resolved = registry.resolve(name, ref)
+    tags = [tag for tag, version in registry.tags(name).items() if version == resolved.version]
+    keys = keys_of(resolved.manifest, tags=tags)
+    if edition := newest_edition(opened, name):
+        keys += trust_keys_of(name, edition=edition, root_version=newest_root(opened).signed.version)
+    out.write_bytes(Presigner(opened, expires_s=int(3600 * hours)).index(keys))
+    if as_json:
+        print_json({"name": name, "version": resolved.version, "urls": len(keys), "signed": bool(edition)})
+        return
+    typer.echo(
+        f"{out}: {len(keys)} URLs of {name} version {resolved.version}, for {hours:g} h: "
+        f"nestquant pull {name}@{resolved.version} --store presigned:{out}"
+    )
 
 
 def _report(registry: Any, name: str, version: int) -> dict[str, Any] | None:
