@@ -7,6 +7,7 @@ moved or deleted, and no link is followed: one may lead anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from storage.device.errors import FULL, NotOurs
-from storage.device.files import FILE_MODE, check_folder, is_file
+from storage.device.files import FILE_MODE, check_folder, is_file, read_file
+from storage.document import parse_json
 from storage.layout import BLOB_KEY, CACHE_MARKER, MODEL_NAME
+from storage.manifest import MAX_MANIFEST_BYTES
 from storage.stores.blob_store import is_key
 
 Kind = Literal["lock", "marker", "blob", "staged", "state", "manifest", "trust"]
@@ -109,17 +112,40 @@ def check(root: Path) -> None:
 
 
 def _foreign(root: Path) -> str | None:
-    """Return the first name that makes a folder without a marker somebody else's; None where it is empty or ours."""
-    kinds, orphan = set(), None
+    """Return the first name that makes a folder without a marker somebody else's; None where it is empty or ours.
+
+    Names of ours are not enough: a model's state must be one, or else each file must be what its name says by itself.
+    Blobs cannot: those that no model asked for are a store's, for all we know.
+    """
+    unproven, models = None, 0
     for found in walk(root):
-        if found.kind is None:
-            if found.name == _OF_A_VOLUME:
-                continue
+        if found.kind == "marker":  # somebody was faster
+            return None
+        if found.kind is None and found.name != _OF_A_VOLUME:
             return found.name
-        kinds.add(found.kind)
-        if found.kind in ("blob", "staged"):
-            orphan = orphan or found.name
-    return orphan if "state" not in kinds else None  # blobs that no model asked for: a store's, for all we know
+        proven = found.kind is None or _is_proven(found)
+        models += proven and found.kind == "state"
+        unproven = unproven or (None if proven else found.name)
+    return None if models else unproven
+
+
+def _is_proven(found: Found) -> bool:
+    """Tell whether a file is what its name says: by its content, so that it cannot be anybody's."""
+    if found.kind not in ("state", "manifest", "trust") or found.path.suffix != ".json":
+        return found.kind == "lock" and found.size_bytes == 0
+    if found.path.is_symlink():  # python-tuf's, by its target
+        return True
+    raw = read_file(found.path, max_bytes=MAX_MANIFEST_BYTES)
+    try:
+        if found.kind == "manifest":
+            return hashlib.sha256(raw).hexdigest() == found.stem
+        document = parse_json(raw)
+        if found.kind == "state":
+            return bool(document["name"] == found.path.parent.name and "current" in document)
+        is_root = found.stem == "anchor" or found.path.parent.name == "root_history"
+        return bool(document["signed"]["_type"] == ("root" if is_root else found.stem))
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _published(root: Path) -> str | None:

@@ -43,6 +43,7 @@ from storage.signing.root import MAX_ROOT_BYTES
 from storage.stores.blob_store import check_key
 
 _CLOCK_SLACK_S = 86_400.0
+_LATEST_S = 1e12  # beyond any calendar
 _CONFIG = UpdaterConfig(
     root_max_length=MAX_ROOT_BYTES,
     timestamp_max_length=MAX_TIMESTAMP_BYTES,
@@ -218,8 +219,8 @@ def _check_clock(folder: Path, name: str) -> None:
     """
     signed = parse_json(read_file(folder / "timestamp.json", max_bytes=MAX_TIMESTAMP_BYTES))["signed"]
     signed_s = signed.get(SIGNED_AT_FIELD, signed["version"] / 1000)
-    if isinstance(signed_s, bool) or not isinstance(signed_s, int | float):
-        raise Untrusted(f"{name}: the timestamp's {SIGNED_AT_FIELD} is {signed_s!r}, expected seconds since 1970")
+    if isinstance(signed_s, bool) or not isinstance(signed_s, int | float) or not abs(signed_s) < _LATEST_S:
+        raise Untrusted(f"{name}: the timestamp's {SIGNED_AT_FIELD} is no time since 1970 in seconds; sign it anew")
     if time.time() < signed_s - _CLOCK_SLACK_S:
         raise Untrusted(
             f"{name}: this machine's clock is {signed_s - time.time():.0f} s behind the publisher's; set it"

@@ -7,6 +7,7 @@ It starts from the hostile corpus. Memory or time beyond the limits is a crash a
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -14,12 +15,13 @@ from pathlib import Path
 import atheris
 
 from storage.manifest import canonical_json
-from tests.fuzz import corpus
+from tests.fuzz import corpus, states
 
 for module in [name for name in sys.modules if name.split(".")[0] == "storage"]:
     del sys.modules[module]  # imported again below, this time with coverage
-with atheris.instrument_imports(include=["storage", "tests.fuzz.target"]):
-    from tests.fuzz.target import one_input
+with atheris.instrument_imports(include=["storage", "tests.fuzz.target", "tests.fuzz.trusted"]):
+    from tests.fuzz.target import KEPT_ONES, MANIFEST, SERVED, STATE, one_input
+    from tests.fuzz.trusted import ROLES, bench
 
 
 def seeds() -> list[bytes]:
@@ -28,7 +30,15 @@ def seeds() -> list[bytes]:
     shards += [corpus.good_shard(codec) for codec in ("packed", "zstd")]
     manifests = [hostile.data for hostile in corpus.manifests().values()]
     manifests.append(canonical_json(corpus.good_manifest()))
-    return [b"\x00" + data for data in shards] + [b"\x80" + data for data in manifests]
+    found = [b"\x00" + data for data in shards] + [bytes([MANIFEST]) + data for data in manifests]
+    found += [bytes([STATE]) + hostile.data for hostile in states.states().values()]
+    for index, role in enumerate(ROLES):
+        document = bench().documents[role]
+        found += [bytes([SERVED + index]) + document]
+        found += [bytes([SERVED + index + 4]) + json.dumps(json.loads(document)["signed"]).encode()]
+    names = list(bench().kept)
+    first = [next(kind for kind in range(KEPT_ONES, 256) if kind % len(names) == index) for index in range(len(names))]
+    return found + [bytes([kind]) + bench().kept[name] for kind, name in zip(first, names, strict=True)]
 
 
 if __name__ == "__main__":

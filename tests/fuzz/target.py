@@ -8,11 +8,10 @@ from storage.device.resolve import parse_release
 from storage.errors import StorageError
 from storage.shard import read_base, read_shard
 from storage.tensor_file import load_tensors
+from tests.fuzz.trusted import ROLES, bench, one_line, read_metadata, read_state, read_trusted
 
-
-def one_line(error: object) -> None:
-    """What a user is shown fits one line."""
-    assert "\n" not in str(error), error
+# The first byte of an input, from here on:
+MANIFEST, STATE, SERVED, KEPT_ONES = 0x80, 0xA0, 0xC0, 0xE0
 
 
 def read_everything(data: bytes) -> None:
@@ -33,11 +32,19 @@ def read_everything(data: bytes) -> None:
 
 
 def one_input(data: bytes) -> None:
-    """Parse one input the way its first byte says: a shard, or a manifest."""
-    if data[:1] < b"\x80":
-        read_everything(data[1:])
-        return
-    try:
-        parse_release(data[1:], "net", 1, signed=False)
-    except StorageError as error:
-        one_line(error)
+    """Parse one input the way its first byte says: a shard, a manifest, a state, metadata served or kept."""
+    kind, rest = data[0] if data else 0, data[1:]
+    if kind < MANIFEST:
+        read_everything(rest)
+    elif kind < STATE:
+        try:
+            parse_release(rest, "net", 1, signed=False)
+        except StorageError as error:
+            one_line(error)
+    elif kind < SERVED:
+        read_state(rest)
+    elif kind < KEPT_ONES:
+        read_metadata(ROLES[kind % 4], rest, sign_it=kind % 8 >= 4)
+    else:
+        names = list(bench().kept)
+        read_trusted(names[kind % len(names)], rest)

@@ -25,7 +25,8 @@ from storage.references import TagRecord
 from storage.shard import read_shard
 from storage.stores.memory import MemoryStore
 from tests.fuzz import corpus
-from tests.fuzz.target import one_line, read_everything
+from tests.fuzz.target import read_everything
+from tests.fuzz.trusted import one_line
 from tests.storage.device.artifacts import build, digest_of, put
 
 SHARDS, FRAMES, MANIFESTS = corpus.shards(), corpus.frames(), corpus.manifests()
@@ -92,7 +93,8 @@ def test_the_corpus_starts_from_what_is_accepted() -> None:
     assert parse_release(canonical_json(corpus.good_manifest()), "net", 1, signed=False).manifest.name == "net"
 
 
-def _mutate(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+def mutate(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    """Return ``data`` with bytes dropped and put in."""
     for at, dropped, inserted in edits:
         cut = at % (len(data) + 1)
         data = data[:cut] + inserted + data[cut + dropped :]
@@ -112,7 +114,7 @@ def test_any_bytes_as_a_shard(data: bytes) -> None:
 @fuzz
 @given(st.sampled_from(["packed", "zstd"]), EDITS)
 def test_a_damaged_shard(codec: str, edits: list[tuple[int, int, bytes]]) -> None:
-    data = _mutate(corpus.good_shard(codec), edits)
+    data = mutate(corpus.good_shard(codec), edits)
     with bounded(8 * len(data)):
         read_everything(data)
 
@@ -123,16 +125,16 @@ def test_a_header_that_lies(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(["packed", "zstd"]))
     index = corpus.good_index(codec)
     if data.draw(st.booleans()):
-        _lie(index, data.draw)
+        lie(index, data.draw)
     header, payload = corpus.split(corpus.with_index(index, codec=codec))
     for _ in range(data.draw(st.integers(0, 2))):
-        _lie(header, data.draw)
+        lie(header, data.draw)
     shard = corpus.join(header, payload)
     with bounded(8 * len(shard)):
         read_everything(shard)
 
 
-def _lie(document: Any, draw: Callable[[Any], Any]) -> None:
+def lie(document: Any, draw: Callable[[Any], Any]) -> None:
     """Replace, remove or add something somewhere within."""
     while isinstance(document, dict | list) and document:
         keys = list(document) if isinstance(document, dict) else list(range(len(document)))
@@ -152,7 +154,7 @@ def _lie(document: Any, draw: Callable[[Any], Any]) -> None:
 def test_a_manifest_that_lies(data: st.DataObject) -> None:
     document = copy.deepcopy(corpus.good_manifest())
     for _ in range(data.draw(st.integers(1, 3))):
-        _lie(document, data.draw)
+        lie(document, data.draw)
     try:
         raw = canonical_json(document)
     except (ValueError, TypeError):
@@ -169,7 +171,7 @@ def test_a_manifest_that_lies(data: st.DataObject) -> None:
 @fuzz
 @given(st.binary(max_size=300) | st.text().map(lambda text: text.encode("utf-8", "surrogatepass")), EDITS)
 def test_any_bytes_as_a_manifest(data: bytes, edits: list[tuple[int, int, bytes]]) -> None:
-    for raw in (data, _mutate(canonical_json(corpus.good_manifest()), edits)):
+    for raw in (data, mutate(canonical_json(corpus.good_manifest()), edits)):
         try:
             parse_release(raw, "net", 1, signed=False)
         except StorageError as error:
@@ -221,7 +223,7 @@ def test_a_store_that_serves_anything(tmp_path_factory: pytest.TempPathFactory, 
     put(store, manifest, blobs)
     keys = [tag_key("net", "latest"), manifest_key("net", 1), *map(blob_key, blobs)]
     for key in data.draw(st.lists(st.sampled_from(keys), max_size=3, unique=True)):
-        store.put(key, _mutate(store.get(key), data.draw(EDITS)), mode="overwrite")
+        store.put(key, mutate(store.get(key), data.draw(EDITS)), mode="overwrite")
     folder = tmp_path_factory.mktemp("served", numbered=True)
     device = Device(folder / "cache", StoreSource(store), unsigned=True, retry=Retry(attempts=2, base_s=0.0))
     try:
