@@ -61,11 +61,16 @@ def norm_layers(network: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+class NotFinite(ValueError):
+    """What goes into a layer holds NaN or infinity."""
+
+
 @torch.no_grad()
 def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
     """Run the network on ``inputs`` ``[N, C, H, W]``, each BatchNorm by this batch's own statistics, and return them.
 
-    The network is left as it was. Raises ValueError, naming the layer, where its inputs hold NaN or infinity.
+    The network is left as it was. Raises NotFinite, naming the layer, where its inputs hold NaN or infinity; what the
+    network raises passes.
     """
     layers = norm_layers(network)
     found: dict[str, NormSums] = {}
@@ -75,7 +80,7 @@ def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
 
             def take(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 if not torch.isfinite(args[0]).all():
-                    raise ValueError(f"layer {name!r}: its input holds NaN or infinity; check the checkpoint")
+                    raise NotFinite(f"layer {name!r}: its input holds NaN or infinity; check the checkpoint")
                 assert isinstance(module, _BatchNorm)
                 sums = NormSums.of(args[0])
                 _set(module, sums)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nestquant.observers import Histogram
 from storage.manifest import Record
-from workers.errors import WorkError
+from workers.forward import check_input, run_network
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
@@ -54,7 +54,8 @@ def observe(task: CalibrateTask) -> Observed:
     """Run the float network and count what goes into each layer.
 
     Raises:
-        WorkError: an activation is NaN or infinite; the message names the layer.
+        WorkError: an activation or an answer is NaN or infinite; the message names the layer.
+        ModelError: the network does not run on the images.
     """
     network = open_network(task.network)
     preprocessing = Preprocessing.from_record(task.network.preprocessing)
@@ -66,7 +67,8 @@ def observe(task: CalibrateTask) -> Observed:
     ):
         if task.data is None:
             shape = (task.batch_size, *preprocessing.input_shape)
-            network(torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED)))
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(NOISE_SEED))
+            run_network(network, noise, task.network.title)
             samples, skipped = 0, list[tuple[str, str]]()
         else:
             images = fetch_images(task.data, folder).sample(task.samples)
@@ -74,7 +76,7 @@ def observe(task: CalibrateTask) -> Observed:
             for inputs, _ in images.batches(
                 preprocessing, batch_size=task.batch_size, start=task.start, stop=task.stop
             ):
-                network(inputs)
+                run_network(network, inputs, task.network.title)
                 samples += len(inputs)
             skipped = images.skipped
     return Observed(
@@ -94,10 +96,8 @@ def _observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str,
                 id(value): value for value in args if isinstance(value, Tensor) and torch.is_floating_point(value)
             }
             for tensor in tensors.values():
-                try:
-                    found = Histogram.of(tensor)
-                except ValueError as error:
-                    raise WorkError(f"Layer {name!r}: {error}; check the checkpoint and the preprocessing.") from error
+                check_input(name, tensor.float())
+                found = Histogram.of(tensor)
                 histograms[name] = histograms[name].merge(found) if name in histograms else found
 
         return hook

@@ -3,7 +3,7 @@
 Every message is one line: what was seen, what was expected, what to try.
 
 WorkError
-├── ModelError       the architecture cannot be built
+├── ModelError       the architecture cannot be built, or the network does not run
 ├── CheckpointError  the weights do not fit the architecture, or cannot be read
 ├── DataError        images or labels cannot be read
 ├── ArtifactError    a pulled version does not fit together
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class WorkError(Exception):
 
 
 class ModelError(WorkError):
-    """The architecture cannot be built."""
+    """The architecture cannot be built, or the network does not run on the inputs that it is given."""
 
 
 class CheckpointError(WorkError):
@@ -124,10 +125,16 @@ def system_line(error: OSError) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return ``Kind: what it says`` in one line, for an error that somebody else's code raised."""
+    """Return ``Kind: what it says`` in one line, for an error that somebody else's code raised.
+
+    One that says nothing, as an assertion, is told by the line of code that raised it.
+    """
     try:
         text = str(error).strip()
     except Exception:  # an error whose own text fails is still an error of its kind
         text = ""
     kind = type(error).__name__
-    return f"{kind}: {printable(text.splitlines()[0])}" if text else kind
+    if text:
+        return f"{kind}: {printable(text.splitlines()[0])}"
+    raised = traceback.extract_tb(error.__traceback__)[-1:]
+    return kind + "".join(f" at {printable(at.line or '?')!r} ({Path(at.filename).name}:{at.lineno})" for at in raised)

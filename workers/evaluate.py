@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.errors import DataError, WorkError, one_line
+from workers.errors import DataError, WorkError
+from workers.forward import run_network
 from workers.inputs.images import ImageSet
 from workers.inputs.networks import Preprocessing
 
@@ -132,17 +132,8 @@ def chance_fault(accuracy: Accuracy, images: ImageSet) -> str:
 
 
 def _logits(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
-    try:
-        logits: Any = network(inputs)
-    except Exception as error:  # a network's forward raises anything
-        shape = " x ".join(str(extent) for extent in inputs.shape)
-        raise WorkError(f"{name} cannot run on inputs of {shape}: {one_line(error)}.") from error
+    logits = run_network(network, inputs, name)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
         seen = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise WorkError(f"{name} answers {len(inputs)} images with {seen}; top-1 needs ({len(inputs)}, classes).")
-    bad = int((~torch.isfinite(logits).all(dim=1)).sum())
-    if bad:
-        raise WorkError(
-            f"{name} answers {bad} of {len(inputs)} images with NaN or infinity; check the checkpoint and preprocess."
-        )
     return logits

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,20 @@ from torch import Tensor, nn
 
 from nestquant.quantize import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
+from workers.forward import check_input, run_network
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The layers that can be split, in the order of their first calls, and by name why the others cannot."""
+
+    laned: tuple[str, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+_ATTENTION = "its query, key and value have one weight"
+_OTHER_AXIS = "its input does not come image by image along the first axis"
+_NOT_CALLED = "it is not called as a layer with its input first"
 
 
 class Lanes:
@@ -33,6 +47,7 @@ class Lanes:
         self.lanes = 1 + level_count
         self._solved: dict[str, list[nn.Module]] = {}
         self._passing: set[str] = set()
+        self._names = tuple(layers)
         for name in layers:
             module = network.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):  # query, key and value would all have to be split
@@ -63,25 +78,38 @@ class Lanes:
         return Walk(self, images)
 
     @torch.inference_mode()
-    def probe(self, image: Tensor) -> tuple[str, ...]:
-        """Return the layers that see the same in every lane when one image ``[1, C, H, W]`` is run, in call order.
+    def probe(self, image: Tensor, name: str) -> Probed:
+        """Return the layers that see the same in every lane when one image ``[1, C, H, W]`` is run.
 
-        Only those can be split: one that gets its batch along another axis, or never runs as a module, is not in it.
-        Must be called before `apply`.
+        Only those can be split: not one that gets its batch along another axis, or never runs as a module. Must be
+        called before `apply`. ``name`` is what messages call the network.
+
+        Raises:
+            WorkError: a layer's input or the answer holds NaN or infinity. Nothing equals NaN: the layers behind it
+                would leave the lanes for no reason of their own.
+            ModelError: the network does not run on the image.
         """
         seen: dict[str, bool] = {}
 
         def look(name: str, inputs: Tensor) -> None:
+            check_input(name, inputs)
             parts = inputs.chunk(self.lanes) if inputs.shape[0] % self.lanes == 0 else ()
             same = bool(parts) and all(torch.allclose(parts[0], part, rtol=1e-3, atol=1e-4) for part in parts[1:])
             seen[name] = seen.get(name, True) and same
 
         _WATCH.look = look
         try:
-            self.network(torch.cat([image] * self.lanes))
+            run_network(self.network, torch.cat([image] * self.lanes), name)
         finally:
             del _WATCH.look
-        return tuple(name for name, same in seen.items() if same)
+        laned = tuple(name for name, same in seen.items() if same)
+        left = {name: self._reason(name, called=name in seen) for name in self._names if name not in laned}
+        return Probed(laned, left)
+
+    def _reason(self, layer: str, *, called: bool) -> str:
+        if called:
+            return _OTHER_AXIS
+        return _ATTENTION if layer in self._passing else _NOT_CALLED
 
     def _split(self, name: str, module: nn.Module) -> None:
         plain = module.forward

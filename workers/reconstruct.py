@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
 from nestquant.moments import Moments, has_columns, input_columns
@@ -22,6 +22,7 @@ from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import WorkError
+from workers.forward import check_input, network_boundary
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
@@ -56,10 +57,12 @@ class MemberTask(Record):
 
 
 class Begun(Record):
-    """What a member found: the layers that can be solved by their inputs, in the order of their calls; its images."""
+    """What a member found: the layers that run in lanes, in the order of their calls, and why some of these or others
+    cannot be solved by their inputs: (layer, reason); its images.
+    """
 
-    readable: tuple[int, ...]
     laned: tuple[int, ...]
+    without: tuple[tuple[int, str], ...]
     samples: int
     skipped: tuple[tuple[str, str], ...]
 
@@ -80,7 +83,8 @@ class Member:
         """Load the network and the images.
 
         Raises:
-            WorkError: the checkpoint or the image set cannot be read.
+            WorkError: the checkpoint or the image set cannot be read; the network does not run, or its activations are
+                not finite.
         """
         task = self.task
         network = open_network(task.context.network)
@@ -88,7 +92,8 @@ class Member:
         lanes = self._lanes = Lanes(network, [piece.layer for piece in task.layers], task.level_count)
         with scratch("reconstruct") as folder, threads(1):
             size = (1, *preprocessing.input_shape)
-            called = lanes.probe(torch.randn(size, generator=torch.Generator().manual_seed(0)))
+            noise = torch.randn(size, generator=torch.Generator().manual_seed(0))
+            probed = lanes.probe(noise, task.context.network.title)
             images = fetch_images(task.data, folder).sample(task.samples)
             samples = 0
             for start, stop in task.chunks:
@@ -97,17 +102,18 @@ class Member:
                 samples += 0 if batch is None else len(batch)
                 self._walks.append(None if batch is None else lanes.start(batch))
         index = {piece.layer: at for at, piece in enumerate(task.layers)}
-        laned = tuple(index[name] for name in called)
+        laned = tuple(index[name] for name in probed.laned)
         self._laned = set(laned)
-        for piece in task.layers:
-            if piece.layer not in called:
-                lanes.leave(piece.layer)
-        readable = tuple(
-            at
-            for at in laned
-            if has_columns(network.get_submodule(task.layers[at].layer)) and task.layers[at].inputs <= MAX_INPUTS
+        without = {index[name]: reason for name, reason in probed.left.items()}
+        for name in probed.left:
+            lanes.leave(name)
+        for at in laned:
+            reason = _unreadable(network.get_submodule(task.layers[at].layer), task.layers[at])
+            if reason is not None:
+                without[at] = reason
+        return Begun(
+            laned=laned, without=tuple(sorted(without.items())), samples=samples, skipped=tuple(images.skipped)
         )
-        return Begun(readable=readable, laned=laned, samples=samples, skipped=tuple(images.skipped))
 
     def moments(self, layer: int, chunk: int, solved: tuple[int, ...]) -> Arrays | None:
         """Return the moments of a layer's inputs over one of the member's chunks, for each level of the network.
@@ -121,6 +127,7 @@ class Member:
 
         Raises:
             WorkError: an input is NaN or infinite; the message names the layer.
+            ModelError: the network does not run on the images.
         """
         walk = self._walks[chunk]
         if walk is None:
@@ -128,15 +135,16 @@ class Member:
         assert self._lanes is not None
         self._apply(solved)
         piece = self.task.layers[layer]
-        module = self._lanes.network.get_submodule(piece.layer)
+        network = self._lanes.network
+        module = network.get_submodule(piece.layer)
+        first, last = self.task.chunks[chunk]
+        what = f"{self.task.context.network.title} cannot run on calibration images {first} to {last - 1}"
         with threads(1), torch.inference_mode():
-            inputs = walk.reach(piece.layer)
+            with network_boundary(network, what):
+                inputs = walk.reach(piece.layer)
             if inputs is None:
                 return None
-            if not all(torch.isfinite(lane).all() for lane in inputs):
-                raise WorkError(
-                    f"Layer {piece.layer!r}: its input holds NaN or infinity; check the checkpoint and preprocessing."
-                )
+            check_input(piece.layer, *inputs)
             x, *runs = (input_columns(module, lane) for lane in inputs)
             found: dict[str, npt.NDArray[np.float64]] = {}
             for level, y in enumerate(runs):
@@ -144,11 +152,16 @@ class Member:
         return found
 
     def solve(
-        self, layer: int, samples: int, skipped: tuple[tuple[str, str], ...], parts: Iterable[Arrays | None]
+        self,
+        layer: int,
+        samples: int,
+        skipped: tuple[tuple[str, str], ...],
+        without: str | None,
+        parts: Iterable[Arrays | None],
     ) -> SolvedRecord:
         """Add the chunks' moments up in order, choose the layer's integers and biases, and store them.
 
-        Without moments the layer is rounded without data.
+        Without moments the layer is rounded without data; ``without`` is the reason where it is known before.
 
         Raises:
             WorkError: naming the layer, where its weights cannot be quantized or its moments are not finite.
@@ -170,6 +183,7 @@ class Member:
             biases=quantized.biases is not None,
             samples=samples,
             skipped=skipped,
+            without=None if levels else without or "it was not called on any calibration image",
         )
         ledger = Ledger(self.registry, job)
         ledger.keep(ledger.solved_key(layer), record)
@@ -189,6 +203,15 @@ class Member:
                 weight = read_solution(self.registry, self.task.context.job, piece)
                 self._lanes.apply(piece.layer, weight)
                 self._applied.add(at)
+
+
+def _unreadable(module: nn.Module, layer: PieceTask) -> str | None:
+    """Return why a layer's inputs do not tell how its weights are to be rounded, or None."""
+    if not has_columns(module):
+        return f"{type(module).__name__} reads its input in a way of its own"
+    if layer.inputs > MAX_INPUTS:
+        return f"one of its output channels has more than {MAX_INPUTS} inputs"
+    return None
 
 
 def _merged(parts: Iterable[Arrays | None], level_count: int, own_levels: int) -> list[Moments]:

@@ -28,6 +28,7 @@ from storage.shard import build_shard
 from storage.stores.uri import open_store
 from workers.calibrate import NOISE_SEED
 from workers.errors import DataError, WorkError
+from workers.forward import check_input, run_network
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images, spread
 from workers.inputs.networks import Preprocessing
@@ -113,7 +114,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     found = ledger.find(key, SensitivityRecord)
     if found is not None:
         return found
-    network = open_network(task.context.network)
+    network, name = open_network(task.context.network), task.context.network.title
     weight = read_piece(open_tensors(task.context.network.source), task.layer)
     # One thread: how a sum is split over threads changes its last bit.
     with scratch("sensitivity") as folder, threads(1):
@@ -127,7 +128,7 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
             layer = from_float(module, quantized, residency="expanded")
             layer.nested.set_level(0)
             replace(network, task.layer.layer, layer)
-            told = _Answers.compare(network, judged, reference)
+            told = _Answers.compare(network, judged, reference, f"{name} with {task.layer.layer!r} part-bit")
             replace(network, task.layer.layer, module)
             damages.append(_damage(task, weight, quantized, told, labelled=labelled))
     record = SensitivityRecord(
@@ -175,26 +176,28 @@ def _run_float(
     network: nn.Module, task: SensitivityTask, judged: Sequence[Batch], rest: Sequence[Batch]
 ) -> tuple[list[Tensor], Moments | None]:
     """Return the float network's answers, and the moments of the layer's inputs on the other images."""
-    reference = [_logits(network, inputs, task.layer.layer) for inputs, _ in judged]
+    name = task.context.network.title
+    reference = [_logits(network, inputs, name) for inputs, _ in judged]
     module = network.get_submodule(task.layer.layer)
     if not (has_columns(module) and task.layer.inputs <= MAX_INPUTS):
         return reference, None
     total: Moments | None = None
     for inputs, _ in rest:
-        with _watched(module) as parts:
-            network(inputs)
+        with _watched(module, task.layer.layer) as parts:
+            run_network(network, inputs, name)
         for part in parts:
             total = part if total is None else Moments.merge([total, part])
     return reference, total
 
 
 @contextmanager
-def _watched(module: nn.Module) -> Iterator[list[Moments]]:
+def _watched(module: nn.Module, layer: str) -> Iterator[list[Moments]]:
     """Yield the moments of the layer's inputs, one for each call."""
     parts: list[Moments] = []
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
+            check_input(layer, args[0])
             columns = input_columns(module, args[0])
             parts.append(Moments.of(columns, columns))
 
@@ -228,11 +231,11 @@ class _Answers:
     correct: int
 
     @classmethod
-    def compare(cls, network: nn.Module, judged: Sequence[Batch], reference: Sequence[Tensor]) -> _Answers:
+    def compare(cls, network: nn.Module, judged: Sequence[Batch], reference: Sequence[Tensor], name: str) -> _Answers:
         """Run the network and hold its answers against the float one's, batch after batch."""
         divergence, lost, same, correct, images = 0.0, 0.0, 0, 0, 0
         for (inputs, labels), wanted in zip(judged, reference, strict=True):
-            seen = _logits(network, inputs, "")
+            seen = _logits(network, inputs, name)
             own, other = wanted.double().log_softmax(dim=1), seen.double().log_softmax(dim=1)
             answer, given = wanted.argmax(dim=1), seen.argmax(dim=1)
             divergence += float((own.exp() * (own - other)).sum())
@@ -244,13 +247,10 @@ class _Answers:
         return cls(images, divergence, same, lost, correct)
 
 
-def _logits(network: nn.Module, inputs: Tensor, layer: str) -> Tensor:
-    logits = network(inputs)
+def _logits(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
+    logits = run_network(network, inputs, name)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise WorkError("Layers are measured by the answers of a classifier; this network returns none.")
-    if not torch.isfinite(logits).all():
-        where = f" before layer {layer!r} was touched" if layer else ""
-        raise WorkError(f"The network answers NaN or infinity{where}; check the checkpoint and the preprocessing.")
+        raise WorkError(f"Layers are measured by the answers of a classifier; {name} gives none.")
     return logits
 
 

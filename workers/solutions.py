@@ -24,13 +24,17 @@ MEDIA_TYPE_SOLUTION = "application/vnd.nestquant.solution.v1+safetensors"
 
 
 class SolvedRecord(Record):
-    """One layer, solved: where its integers stand, whether levels have biases, on how many images it rests."""
+    """One layer, solved: where its integers stand, whether levels have biases, on how many images it rests.
+
+    ``without``: why it was rounded without data; None where it was not, and in records of older releases.
+    """
 
     layer: str
     descriptor: Descriptor
     biases: bool
     samples: int
     skipped: tuple[tuple[str, str], ...]
+    without: str | None = None
 
 
 def find_solved(registry: Registry, job: str, solution: int) -> SolvedRecord | None:

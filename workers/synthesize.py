@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nestquant.norm_statistics import NormSums, put_statistics, take_statistics
+from nestquant.norm_statistics import NormSums, NotFinite, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
 from storage.digest import digest_bytes
 from storage.manifest import Digest, Record
@@ -23,6 +23,7 @@ from storage.registry import Registry
 from storage.stores.uri import open_store
 from storage.tensor_file import load_tensors, save_tensors
 from workers.errors import DataError, WorkError
+from workers.forward import extents, network_boundary
 from workers.inputs.checkpoint import open_network
 from workers.inputs.networks import Preprocessing
 from workers.ledger import Ledger
@@ -80,6 +81,7 @@ def synthesize(task: SynthesizeTask) -> int:
     Raises:
         DataError: the network takes images of neither one nor three channels.
         WorkError: what goes into a BatchNorm is not finite; the message names it.
+        ModelError: the network does not run on the images.
     """
     preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
     channels, height, width = preprocessing.input_shape
@@ -93,10 +95,12 @@ def synthesize(task: SynthesizeTask) -> int:
         )
         top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
         images = images[:, top : top + height, left : left + width].contiguous()
-        try:
-            found = take_statistics(network, _normalised(images, preprocessing))
-        except ValueError as error:
-            raise WorkError(f"{task.context.network.arch}: {error}") from error
+        inputs, name = _normalised(images, preprocessing), task.context.network.title
+        with network_boundary(network, f"{name} cannot run on inputs of {extents(inputs)}"):
+            try:
+                found = take_statistics(network, inputs)
+            except NotFinite as error:
+                raise WorkError(f"{name}: {error}") from error
     tensors: dict[str, Any] = {"x": images.numpy()}
     for name, sums in found.items():
         tensors |= {

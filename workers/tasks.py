@@ -23,6 +23,11 @@ class NetworkRef(Record):
     source: TensorSource
     preprocessing: dict[str, Any]
 
+    @property
+    def title(self) -> str:
+        """Return what messages call the network."""
+        return f"{self.library} {self.arch}"
+
 
 class PieceTask(Record):
     """Quantize output channels ``start:stop`` of one layer.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from jobs.events import StageClock
@@ -35,9 +35,19 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
         if len(solved) < len(layers):
             _solve(job, images, executor, solved, clock.progress("reconstruct"))
     ordered = tuple(solved[index] for index in range(len(layers)))
-    without = [record.layer for record in ordered if not record.biases]
-    notes = (f"{len(without)} layers were rounded without data: {shown(without)}.",) if without else ()
-    return replace(job, reconstruction=Reconstruction(ordered, notes))
+    return replace(job, reconstruction=Reconstruction(ordered, _notes(ordered)))
+
+
+def _notes(solved: Sequence[SolvedRecord]) -> tuple[str, ...]:
+    """Return one line for each reason for which layers were rounded without data."""
+    reasons: dict[str | None, list[str]] = {}
+    for record in solved:
+        if not record.biases:
+            reasons.setdefault(record.without, []).append(record.layer)
+    return tuple(
+        f"{len(layers)} layers were rounded without data{'' if reason is None else f' ({reason})'}: {shown(layers)}."
+        for reason, layers in reasons.items()
+    )
 
 
 def _solve(
@@ -92,7 +102,7 @@ def _walk(
     skipped = tuple(image for one in begun for image in one.skipped)
     if samples == 0:
         raise DataError(f"calibration.data: none of the {len(skipped)} images could be read; the first: {skipped[0]}.")
-    layers, laned, readable = tasks[0].layers, begun[0].laned, set(begun[0].readable)
+    layers, laned, without = tasks[0].layers, begun[0].laned, dict(begun[0].without)
     # Chunks in their order, whoever holds them.
     places = sorted(
         (start, member, chunk) for member, task in enumerate(tasks) for chunk, (start, _) in enumerate(task.chunks)
@@ -101,6 +111,6 @@ def _walk(
     for at in order:
         if at not in solved:
             done = tuple(other for other in solved)
-            calls = [(member, (at, chunk, done)) for _, member, chunk in places] if at in readable else []
-            solved[at] = gang.reduce("solve", at, samples, skipped, over="moments", calls=calls)
+            calls = [] if at in without else [(member, (at, chunk, done)) for _, member, chunk in places]
+            solved[at] = gang.reduce("solve", at, samples, skipped, without.get(at), over="moments", calls=calls)
         on_done(len(solved), len(layers))

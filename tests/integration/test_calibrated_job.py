@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.models
 import torch
+from torch import Tensor, nn
 
 from jobs.driver import run_job
 from jobs.errors import SpecError
@@ -118,6 +120,49 @@ def test_a_job_killed_between_layers_goes_on_where_it_stopped(
     assert not set(again) & set(solved)
     assert len(again) + len(solved) == len(result.layers)
     assert result.digest == undisturbed.digest
+
+
+class Unreadable(nn.Module):
+    """One layer of each kind whose input does not tell how to round its weights, and two that are like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 4, 4, stride=4), nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.turned, self.keyed, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.wide, self.fc = nn.Linear(4 * 3072, 4), nn.Linear(4, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        tokens = self.up(self.stem(inputs)).flatten(2).permute(2, 0, 1)
+        tokens = self.turned(torch.cat([tokens, tokens[:2]]))[:-2].transpose(0, 1)
+        tokens = self.keyed(input=tokens)
+        tokens = self.attention(tokens, tokens, tokens)[0]
+        answer: Tensor = self.fc(self.wide(tokens.repeat(1, 3, 1).flatten(1)))
+        return answer
+
+
+@timm.models.register_model
+def nestquant_unreadable(pretrained: bool = False, **_: Any) -> nn.Module:
+    return Unreadable()
+
+
+def test_a_layer_is_rounded_without_data_for_a_reason_that_the_notes_name(tiny_document: Document) -> None:
+    document = tiny_document(
+        model={"library": "timm", "arch": "nestquant_unreadable", "random_seed": 1},
+        preprocess={"size": 64, "mean": [0.5] * 3, "std": [0.5] * 3},
+        quantize={"recipe": "calibrated", "bits": [8, 4]},
+        evaluate=None,
+    )
+    expected = [
+        "1 layers were rounded without data (ConvTranspose2d reads its input in a way of its own): up.",
+        "1 layers were rounded without data (its input does not come image by image along the first axis): turned.",
+        "1 layers were rounded without data (its query, key and value have one weight): attention.",
+        "1 layers were rounded without data (one of its output channels has more than 8192 inputs): wide.",
+        "3 layers were rounded without data (it is not called as a layer with its input first): keyed, unused, "
+        "attention.out_proj.",
+    ]
+    notes = [note for note in local(document).notes if "without data" in note]
+    assert sorted(notes) == expected
 
 
 def members() -> list[int]:

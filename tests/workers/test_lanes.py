@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nestquant.config import NestConfig
 from nestquant.modules import nest_model, set_level
 from nestquant.quantize import QuantizedWeight, quantize_weight
-from workers.lanes import Lanes
+from workers.lanes import Lanes, Probed
 
 LAYERS = ("stem", "left", "right", "up", "head")
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ def first_inputs(net: nn.Module) -> dict[str, Tensor]:
 def test_each_lane_is_the_network_that_runs_its_level() -> None:
     weights = solved(network())
     lanes = Lanes(network(), LAYERS, 2)
-    assert lanes.probe(IMAGES[:1]) == ("stem", "left", "right", "up", "head")
+    assert lanes.probe(IMAGES[:1], "net") == Probed(("stem", "left", "right", "up", "head"))
     walk = lanes.start(IMAGES)
     seen = {}
     for name in LAYERS:
@@ -129,4 +129,10 @@ class SequenceFirst(nn.Module):
 
 def test_layers_that_cannot_be_split_are_left_out() -> None:
     lanes = Lanes(SequenceFirst(), ("embed", "inner", "unused"), 2)
-    assert lanes.probe(IMAGES[:1]) == ("embed",)
+    assert lanes.probe(IMAGES[:1], "net") == Probed(
+        ("embed",),
+        {
+            "inner": "its input does not come image by image along the first axis",
+            "unused": "it is not called as a layer with its input first",
+        },
+    )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from storage.manifest import Interpolation
-from workers.errors import ModelError, nearest
+from workers.errors import ModelError, nearest, one_line
 from workers.inputs.arguments import check_arguments
 from workers.inputs.budget import bounded
 
@@ -98,11 +98,8 @@ def build(
         Exception
     ) as error:  # the libraries raise anything: a network failure, an assertion, a TypeError on an argument
         wanted = "its pretrained weights" if pretrained else f"arguments {arguments}"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         hint = " Without a network, give model.checkpoint instead of model.pretrained." if pretrained else ""
-        raise ModelError(
-            f"{library} could not build {arch!r} with {wanted}: {type(error).__name__}: {first_line}.{hint}"
-        ) from error
+        raise ModelError(f"{library} could not build {arch!r} with {wanted}: {one_line(error)}.{hint}") from error
     return model.eval()
 
 
