@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from storage.errors import BadKey, Corrupt
-from storage.stores.blob_store import Data
+
+Data = bytes | bytearray | memoryview
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from storage import layout
 from storage.condemned import read_condemned
-from storage.digest import digest_bytes, digest_pieces, verify_bytes
+from storage.digest import Data, digest_bytes, digest_pieces, verify_bytes
 from storage.errors import (
     AlreadyExists,
     Corrupt,
@@ -48,7 +48,7 @@ from storage.references import (
     parse_version,
     read_tombstone,
 )
-from storage.stores.blob_store import BlobStore, Data
+from storage.stores.blob_store import BlobStore
 from storage.stores.capabilities import has_create_only
 
 if TYPE_CHECKING:

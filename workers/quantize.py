@@ -23,7 +23,7 @@ from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
 from storage.stores.blob_store import BlobStore
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError, WorkError, shown
-from workers.inputs.tensors import TensorReader, TensorSource, open_tensors
+from workers.inputs.tensors import TensorReader, open_tensors
 from workers.ledger import Ledger, damaged
 from workers.pieces import PieceCode
 from workers.solutions import read_solution
@@ -36,6 +36,7 @@ from workers.tasks import (
     PieceRecord,
     PieceTask,
     TaskContext,
+    TensorSource,
     Unit,
     UnitRecord,
     UnitResult,

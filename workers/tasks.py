@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from nestquant.config import NestConfig, Rounding
 from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
-from workers.inputs.tensors import TensorSource
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Where a checkpoint's safetensors file lies: a path on this machine (``store`` is None), or a key in a store.
+
+    ``version`` is that of the file that is meant (`storage.digest.file_version`); None means what lies there now.
+    ``name`` is what the user calls it, for messages. Small and picklable.
+    """
+
+    store: str | None
+    key: str
+    version: str | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return self.name or (self.key if self.store is None else f"{self.store} {self.key}")
 
 
 class NetworkRef(Record):

@@ -31,7 +31,8 @@ from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
 from workers.inputs import networks
 from workers.inputs.checkpoint import save_state
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
+from workers.tasks import TensorSource
 
 FOLDER = Path(".demo")
 ARCH, KWARGS = "test_resnet", {"num_classes": 10, "in_chans": 1}

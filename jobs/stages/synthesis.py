@@ -13,7 +13,6 @@ from jobs.spec.job import CalibrationSpec
 from jobs.stages.job import Job, Observation
 from workers.executor import Executor
 from workers.inputs.files import stored_file
-from workers.inputs.tensors import TensorSource
 from workers.synthesize import (
     CHUNK,
     SAMPLES,
@@ -24,6 +23,7 @@ from workers.synthesize import (
     join,
     synthesize,
 )
+from workers.tasks import TensorSource
 
 
 def run(job: Job, executor: Executor, clock: StageClock) -> Job:

@@ -26,9 +26,9 @@ from workers.inputs.checkpoint import to_safetensors
 from workers.inputs.files import fetch
 from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.networks import Preprocessing
-from workers.inputs.tensors import TensorInfo, TensorReader, TensorSource
+from workers.inputs.tensors import TensorInfo, TensorReader
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
-from workers.tasks import NetworkRef
+from workers.tasks import NetworkRef, TensorSource
 
 _UNTRACED_INPUTS = 128
 """Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from storage.digest import Data
 from storage.errors import BadKey, NotFound, TooLarge
 
 PutMode = Literal["create", "overwrite"]
-Data = bytes | bytearray | memoryview
 
 MAX_KEY_BYTES = 900  # S3 allows 1024 with the prefix
 MAX_SEGMENT_BYTES = 200  # file systems allow 255, and a temporary name must fit beside it

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from typing_extensions import override
 
-from storage.digest import file_version
+from storage.digest import Data, file_version
 from storage.errors import (
     AccessDenied,
     AlreadyExists,
@@ -36,7 +36,7 @@ from storage.errors import (
 )
 from storage.files import open_regular
 from storage.layout import CACHE_MARKER
-from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit, is_key
 
 _PIECE_BYTES = 1 << 20
 _TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed

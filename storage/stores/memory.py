@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from typing_extensions import override
 
+from storage.digest import Data
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed
-from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit
+from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit
 
 _PIECE_BYTES = 1 << 20
 

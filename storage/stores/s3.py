@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from typing_extensions import override
 
+from storage.digest import Data
 from storage.errors import AlreadyExists, Corrupt, NotFound, PreconditionFailed, StorageError, StoreUnavailable
-from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit, is_key
 from storage.stores.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
 
 if TYPE_CHECKING:

@@ -33,10 +33,9 @@ from storage.stores.uri import open_store
 from tests.benchmarks.accuracy_report import write_markdown
 from workers import runtime
 from workers.executor import Executor, InProcessExecutor
-from workers.inputs.tensors import TensorSource
 from workers.measure import MeasureTask, measure
 from workers.on_ray.executor import RayExecutor, RaySettings
-from workers.tasks import NetworkRef
+from workers.tasks import NetworkRef, TensorSource
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("NESTQUANT_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -28,7 +28,8 @@ from storage.stores.uri import open_store
 from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError
 from workers.executor import InProcessExecutor
 from workers.inputs.files import reading, require_room, writing
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
+from workers.tasks import TensorSource
 
 Document = Callable[..., dict[str, Any]]
 

@@ -93,7 +93,8 @@ COPIED = """
 import json, re, sys
 from pathlib import Path
 from workers.inputs.checkpoint import to_safetensors
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
+from workers.tasks import TensorSource
 status = Path("/proc/self/status")
 before = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", status.read_text())[1])
 weights = to_safetensors(Path(sys.argv[1]), Path(sys.argv[2]), ["a", "b"])

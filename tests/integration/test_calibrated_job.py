@@ -28,10 +28,9 @@ from workers.executor import InProcessExecutor
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
-from workers.inputs.tensors import TensorSource
 from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.solutions import read_solution
-from workers.tasks import PieceTask
+from workers.tasks import PieceTask, TensorSource
 
 Document = Callable[..., dict[str, Any]]
 QUANTIZE = {"recipe": "calibrated", "bits": [8, 6, 4], "overrides": {"fc": {"bits": [8]}}}

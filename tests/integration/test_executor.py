@@ -20,9 +20,10 @@ from jobs.events import Event
 from jobs.spec.file import parse_spec
 from workers.errors import DoesNotFit, Need, Stopped, WorkError
 from workers.executor import InProcessExecutor
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
 from workers.on_ray.deadline import TaskTimeout
 from workers.on_ray.executor import RayExecutor, RaySettings
+from workers.tasks import TensorSource
 
 Document = Callable[..., dict[str, Any]]
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -24,8 +24,8 @@ from workers.executor import InProcessExecutor
 from workers.inputs import networks
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images
-from workers.inputs.tensors import TensorSource
 from workers.on_ray.executor import RayExecutor, RaySettings
+from workers.tasks import TensorSource
 
 Document = Callable[..., dict[str, Any]]
 A = TypeVar("A")

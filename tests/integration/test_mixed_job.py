@@ -23,9 +23,9 @@ from workers.executor import InProcessExecutor
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images, spread
 from workers.inputs.networks import Preprocessing
-from workers.inputs.tensors import TensorSource
 from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.sensitivity import SensitivityRecord
+from workers.tasks import TensorSource
 
 Document = Callable[..., dict[str, Any]]
 QUANTIZE = {

@@ -12,7 +12,7 @@ from nestquant.norm_statistics import NormSums, norm_layers, put_statistics, tak
 from nestquant.synthetic import synthetic_images
 from workers.inputs.checkpoint import load_network
 from workers.inputs.networks import IMAGENET_MEAN, IMAGENET_STD
-from workers.inputs.tensors import TensorSource
+from workers.tasks import TensorSource
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Literal
 
 from typing_extensions import override
 
+from storage.digest import Data
 from storage.errors import StorageError
-from storage.stores.blob_store import BlobStore, Data, ObjectInfo, PutMode
+from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode
 
 
 @dataclass(frozen=True)

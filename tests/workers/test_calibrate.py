@@ -15,8 +15,7 @@ from PIL import Image
 from jobs.spec.job import ActivationSpec
 from jobs.stages.calibration import read_range
 from workers.calibrate import CalibrateTask, Observed, observe
-from workers.inputs.tensors import TensorSource
-from workers.tasks import NetworkRef
+from workers.tasks import NetworkRef, TensorSource
 
 PREPROCESSING = {"size": 32, "resize": None, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
 LAYERS = ("conv1.0", "layer1.0.conv1", "fc")

@@ -17,7 +17,8 @@ from workers.inputs import networks
 from workers.inputs.checkpoint import load_network, random_state, save_state, to_safetensors
 from workers.inputs.files import fetch, stored_file
 from workers.inputs.fit import Architecture, check_fit, check_shapes
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
+from workers.tasks import TensorSource
 
 ARCH, KWARGS = "test_resnet", {"num_classes": 10}
 

@@ -20,10 +20,10 @@ from storage.manifest import canonical_json, piece_key
 from storage.shard import read_shard
 from workers.errors import CheckpointError, WorkError
 from workers.executor import InProcessExecutor
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
 from workers.ledger import Ledger
 from workers.quantize import read_piece, run_bundle, run_unit
-from workers.tasks import Bundle, GroupRecord, TaskContext
+from workers.tasks import Bundle, GroupRecord, TaskContext, TensorSource
 
 Document = Callable[..., dict[str, Any]]
 

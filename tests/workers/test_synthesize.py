@@ -17,9 +17,8 @@ from workers.inputs.checkpoint import load_network, random_state, save_state
 from workers.inputs.files import fetch, stored_file
 from workers.inputs.images import open_images
 from workers.inputs.networks import Preprocessing
-from workers.inputs.tensors import TensorSource
 from workers.synthesize import JoinTask, SynthesizeTask, SyntheticRecord, find_synthetic, join, synthesize
-from workers.tasks import NetworkRef, TaskContext
+from workers.tasks import NetworkRef, TaskContext, TensorSource
 
 KWARGS = {"num_classes": 10, "in_chans": 3}
 NETWORK: dict[str, Any] = {"library": "timm", "arch": "test_resnet", "kwargs": KWARGS}

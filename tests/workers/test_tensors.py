@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from storage.digest import digest_file
 from storage.stores.local import LocalStore
 from workers.errors import CheckpointError
-from workers.inputs.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, TensorSource, open_tensors
+from workers.inputs.tensors import GAP_BYTES, MERGED_BYTES, TensorReader, open_tensors
+from workers.tasks import TensorSource
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 

@@ -19,10 +19,10 @@ from workers.errors import CheckpointError
 from workers.inputs import networks
 from workers.inputs.files import reading, require_room, writing
 from workers.inputs.fit import Shapes, check_fit
-from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader, TensorSource
+from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader
 from workers.inputs.torch_file import file_kind, load_pickled
 from workers.inputs.wrapping import Choice, unwrap
-from workers.tasks import NetworkRef
+from workers.tasks import NetworkRef, TensorSource
 
 # torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.
 _SEEDED = threading.Lock()

@@ -31,6 +31,7 @@ from storage.tensor_file import is_shape
 from workers.errors import CheckpointError, printable
 from workers.inputs.files import reading, writing
 from workers.inputs.values import check_values
+from workers.tasks import TensorSource
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap
 # A request to a store costs some 10 to 50 ms, in which a worker's link moves a few hundred kB: smaller gaps are read
@@ -51,23 +52,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Where a checkpoint's safetensors file lies: a path on this machine (``store`` is None), or a key in a store.
-
-    ``version`` is that of the file that is meant (`storage.digest.file_version`); None means what lies there now.
-    ``name`` is what the user calls it, for messages. Small and picklable.
-    """
-
-    store: str | None
-    key: str
-    version: str | None = None
-    name: str | None = None
-
-    def __str__(self) -> str:
-        return self.name or (self.key if self.store is None else f"{self.store} {self.key}")
 
 
 @dataclass(frozen=True)

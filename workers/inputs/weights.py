@@ -14,8 +14,9 @@ from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.inputs.checkpoint import pretrained_state, random_state, save_state
 from workers.inputs.files import writing
-from workers.inputs.tensors import TensorReader, TensorSource
+from workers.inputs.tensors import TensorReader
 from workers.scratch import scratch
+from workers.tasks import TensorSource
 
 MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
 MADE_BYTES_PER_BYTE = 2

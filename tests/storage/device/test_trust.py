@@ -14,12 +14,13 @@ from securesystemslib.signer import CryptoSigner
 
 from storage.device import Device, StoreSource
 from storage.device.errors import DeviceError, SourceError, Untrusted
+from storage.digest import Data
 from storage.errors import InvalidManifest
 from storage.layout import manifest_key
 from storage.signing.keys import SigningError, generate_key, load_key, load_public_key
 from storage.signing.metadata import Lives, Signed, refresh, sign, trust_key
 from storage.signing.root import add_key, create_root, newest_root, revoke_key, root_key
-from storage.stores.blob_store import Data, ObjectInfo, PutMode
+from storage.stores.blob_store import ObjectInfo, PutMode
 from storage.stores.local import LocalStore
 from storage.stores.memory import MemoryStore
 from tests.storage.device.artifacts import publish
