@@ -19,7 +19,7 @@ from jobs.spec.file import parse_spec
 from storage.errors import NotFound
 from storage.registry import Registry
 from storage.stores.uri import open_store
-from tests.conftest import TINY
+from tests.tiny import MODEL as TINY
 from workers.errors import CheckpointError
 from workers.executor import Executor, InProcessExecutor
 from workers.inputs.checkpoint import random_state, save_state
