@@ -18,7 +18,7 @@ from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from storage.registry import Registry
 from storage.stores.uri import open_store
-from tests.conftest import TINY
+from tests.tiny import MODEL as TINY
 from workers.errors import DataError
 from workers.executor import InProcessExecutor
 from workers.inputs import networks
@@ -47,7 +47,7 @@ def knowing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     x = draw.integers(0, 256, (40, 4, 4, 3), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
     y = np.arange(40) % CLASSES
     np.savez(folder / "images.npz", x=x, y=y)
-    library, arch, kwargs = str(TINY["library"]), str(TINY["arch"]), dict(TINY["kwargs"])  # type: ignore[call-overload]
+    library, arch, kwargs = str(TINY["library"]), str(TINY["arch"]), dict(TINY["kwargs"])
     state = random_state(library, arch, kwargs, seed=7)
     network = networks.build(library, arch, kwargs)
     # A block that was never trained adds nothing, as its last norm is zero: features would hardly differ.

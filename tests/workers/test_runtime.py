@@ -22,7 +22,7 @@ from storage.errors import Damaged
 from storage.layout import blob_key
 from storage.manifest import MEDIA_TYPE_BASE, Descriptor
 from storage.stores.uri import open_store
-from tests.conftest import TINY
+from tests.tiny import MODEL as TINY
 from workers import runtime
 from workers.errors import ArtifactError
 from workers.executor import InProcessExecutor
