@@ -11,10 +11,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from jobs.cli.options import console as new_console
 from jobs.cli.options import size
+from jobs.cli.tables import Column, WholeTable
 from jobs.cli.terminal import title
 from jobs.events import Event, Listener
 from jobs.result import JobResult, level_name
@@ -52,7 +52,7 @@ def listener(*, quiet: bool) -> Iterator[Listener]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),  # as wide as the terminal leaves it: the counts behind it stay whole
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
         )
@@ -115,23 +115,20 @@ def print_result(result: JobResult) -> None:
         console.print(f"... and {len(result.skipped_images) - 5} more skipped images")
 
 
-def _summary(result: JobResult) -> Table:
+def _summary(result: JobResult) -> WholeTable:
     """One column for float and each level, full-bit first."""
     levels = list(range(len(result.sizes.level_bytes)))[::-1]
     stages = "  ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.seconds.items())
-    table = Table(
+    modes = ["float", *(level_name(level, len(levels)) for level in levels)]
+    table = WholeTable(
+        [Column(""), *(Column(mode, figures=True) for mode in modes)],
         title=f"{result.library} {result.arch}, {' over '.join(map(str, result.bits))} bits",
         caption=f"seconds by stage: {stages}",
-        caption_justify="left",
     )
-    table.add_column("")
-    table.add_column("float", justify="right")
-    for level in levels:
-        table.add_column(level_name(level, len(levels)), justify="right")
     for label, activations in (("top-1 %, weights quantized", False), ("top-1 %, activations too", True)):
         if any(one.activations is activations for one in result.measured if one.level is not None):
-            modes = [None, *levels]
-            table.add_row(label, *(_top1(result.measured, level, activations=activations) for level in modes))
+            of = [None, *levels]
+            table.add_row(label, *(_top1(result.measured, level, activations=activations) for level in of))
     sizes, weights = result.sizes, result.sizes.weights
     stored = [sizes.base_bytes + sum(sizes.level_bytes[: level + 1]) for level in levels]
     bits = [8 * sum(sizes.level_bytes[: level + 1]) / weights for level in levels]
@@ -159,12 +156,9 @@ def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:
     console.print(_accuracy_table(measured))
 
 
-def _accuracy_table(measured: Sequence[Measured]) -> Table:
-    table = Table("mode", "activations")
-    table.add_column("top-1 %", justify="right")
-    table.add_column("± s.e.", justify="right")
-    table.add_column("right / images", justify="right")
-    table.add_column("resident", justify="right")
+def _accuracy_table(measured: Sequence[Measured]) -> WholeTable:
+    figures = (Column(name, figures=True) for name in ("top-1 %", "± s.e.", "right / images", "resident"))
+    table = WholeTable([Column("mode"), Column("activations"), *figures])
     for one in measured:
         resident = "" if one.resident_bytes is None else size(one.resident_bytes)
         accuracy = one.accuracy
@@ -199,7 +193,16 @@ def plan_document(job: Job) -> dict[str, Any]:
 def print_plan(job: Job) -> None:
     """Print the plan: layers in execution order, shards, tasks, memory, and what stays float."""
     plan, quantize, console = job.plan, job.spec.quantize, new_console()
-    table = Table("layer", "kind", "shape", "bits", "scheme", "shard groups")
+    table = WholeTable(
+        [
+            Column("layer"),
+            Column("kind"),
+            Column("shape", figures=True),
+            Column("bits", figures=True),
+            Column("scheme"),
+            Column("shard groups", figures=True),
+        ]
+    )
     for layer in plan.layers:
         groups = (
             f"{layer.pieces[0].group}-{layer.pieces[-1].group}" if len(layer.pieces) > 1 else str(layer.pieces[0].group)

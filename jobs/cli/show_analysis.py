@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from jobs.analysis import Analysis
 from jobs.cli.options import console as new_console
 from jobs.cli.options import size
+from jobs.cli.tables import Column, WholeTable
 from jobs.result import LayerQuality
 
-_NAME_WIDTH = 48
+_FIGURES = ("bits", "weights", "SQNR dB", "flips %", "bytes", "KL nats", "same %", "top-1 lost")
 
 
 def print_analysis(analysis: Analysis) -> None:
@@ -17,13 +16,8 @@ def print_analysis(analysis: Analysis) -> None:
     out = new_console()
     version = "" if analysis.version is None else f" version {analysis.version}"
     title = f"{analysis.name}{version}: {analysis.library} {analysis.arch}"
-    table = Table(title=title, caption=_caption(analysis), caption_justify="left")
-    # The end of a name tells layers apart: it is folded where it must be, never cut.
-    longest = max((len(layer.name) for layer in analysis.layers), default=0)
-    table.add_column("layer", overflow="fold", min_width=min(longest, _NAME_WIDTH))
-    table.add_column("bits")
-    for name in ("weights", "SQNR dB", "flips %", "bytes", "KL nats", "same %", "top-1 lost"):
-        table.add_column(name, justify="right")
+    columns = [Column("layer"), *(Column(name, figures=True) for name in _FIGURES)]
+    table = WholeTable(columns, title=title, caption=_caption(analysis))
     for layer in analysis.layers:
         table.add_row(*_cells(layer))
     out.print(table)

@@ -10,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from jobs.cli.options import size
+from jobs.cli.tables import Column, WholeTable
 from jobs.cli.terminal import PlainConsole
 from jobs.spec.zoo import ZooJob
 from jobs.zoo.row import ZooRow
 from jobs.zoo.run import ZooEvent, ZooListener
 
 _LATEST = 12
+_HEADINGS = 9  # lines of the live table that are no rows
 _STYLES = {"done": "green", "below gate": "yellow", "failed": "red"}
 
 
@@ -108,27 +109,30 @@ class _LiveTable:
                 self.skipped += event.kind == "skipped"
                 self.latest.append(event.row)
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self.lock:
             ended = sum(self.counts.values())
             told = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count) or "none ended"
             head = f"{ended} of {self.total}: {told}; {self.skipped} from earlier runs, {len(self.at_work)} at work"
-            work = Table("at work", "stage", expand=True)
+            work = WholeTable([Column("at work"), Column("stage")])
             for name, stage in self.at_work.items():
                 work.add_row(name, stage)
-            return Group(Text(head, style="bold"), work, results_table(list(self.latest), title="latest"))
+            # What is taller than the terminal would be cut from below: rows may take two lines each.
+            free = (options.height or console.height) - len(self.at_work) - _HEADINGS
+            shown = list(self.latest)[-max(1, free // 2) :]
+            yield Text(head, style="bold")
+            yield work
+            yield results_table(shown, title="latest")
 
 
-def results_table(rows: Sequence[ZooRow], *, title: str) -> Table:
+def results_table(rows: Sequence[ZooRow], *, title: str) -> WholeTable:
     """Return rows as a table for people.
 
     Top-1 is that with quantized activations where there are any, ``bits`` what a weight takes at rest.
     """
-    table = Table(title=title, title_justify="left", expand=True)
-    for column in ("model", "recipe", "status"):
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
-    for column in ("float", "full", "part", "bits", "stored", "s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    words = [Column(name) for name in ("model", "recipe", "status")]
+    figures = [Column(name, figures=True) for name in ("float", "full", "part", "bits", "stored", "s")]
+    table = WholeTable([*words, *figures], title=title)
     for row in rows:
         full = row.top1_full if row.top1_full_activations is None else row.top1_full_activations
         part = row.top1_part if row.top1_part_activations is None else row.top1_part_activations

@@ -34,10 +34,11 @@ def doctor(*, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json({"store": store, "healthy": not failed, "checks": [asdict(check) for check in checks]})
     else:
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table("check", "holds", "what was seen")
+        from jobs.cli.tables import Column, WholeTable
+
+        table = WholeTable([Column("check"), Column("holds"), Column("what was seen")])
         for check in checks:
             table.add_row(check.name, Text(check.status, style=_COLOURS[check.status]), check.detail)
         console().print(table)

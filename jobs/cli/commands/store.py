@@ -33,9 +33,9 @@ def ls(*, store: Store, as_json: Json = False) -> None:
     if not rows:
         typer.echo(f"{store} holds no model yet: 'nestquant quantize' publishes one.")
         return
-    from rich.table import Table
+    from jobs.cli.tables import Column, WholeTable
 
-    table = Table("model", "versions", "tags")
+    table = WholeTable([Column("model"), Column("versions", figures=True), Column("tags")])
     for row in rows:
         tags = ", ".join(f"{tag} -> {version}" for tag, version in sorted(row["tags"].items()))  # type: ignore[attr-defined]
         table.add_row(str(row["name"]), _ranges(row["versions"]), tags)  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json({"digest": resolved.digest, "manifest": resolved.manifest.model_dump(mode="json"), "report": report})
         return
-    from rich.table import Table
+    from jobs.cli.tables import Column, WholeTable
 
     manifest, out = resolved.manifest, console()
     sizes = manifest.sizes
@@ -70,7 +70,9 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
         f"float {size(sizes.float_bytes)}; stored: base {size(sizes.base_bytes)}, {levels} "
         f"in {len(manifest.groups)} shard groups"
     )
-    table = Table("layer", "kind", "shape", "bits", "scheme", "shards", "SQNR dB part", "full")
+    words = ("layer", "kind", "scheme")
+    headings = ("layer", "kind", "shape", "bits", "scheme", "shards", "SQNR dB part", "SQNR dB full")
+    table = WholeTable([Column(heading, figures=heading not in words) for heading in headings])
     losses = {layer["name"]: layer["sqnr_db"] for layer in (report or {}).get("layers", [])}
     for layer in manifest.layers:
         shards = _ranges(sorted({piece.group for piece in layer.pieces}))
