@@ -7,7 +7,7 @@ HTTP(S) and presigned URLs are others (``storage.device.http``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,18 +71,20 @@ class Documents:
 
 @dataclass(frozen=True)
 class StoreSource:
-    """Reads a ``BlobStore``: one HEAD for length and entity tag, then one stream."""
+    """Reads a ``BlobStore``: what it answers to one GET says length and entity tag, too."""
 
     store: BlobStore
 
     @contextmanager
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
         """Open ``key``; a changed entity tag starts it over from 0."""
-        with _store_errors(key):
-            info = self.store.head(key)
-            begin = start if etag is None or etag == info.etag else 0
-            chunks = self.store.stream(key, start=begin, etag=info.etag)
-        yield Body(start=begin, total_bytes=info.size_bytes, etag=info.etag, chunks=_relay(key, chunks))
+        with ExitStack() as stack:
+            with _store_errors(key):
+                opened = stack.enter_context(self.store.open(key, start=start))
+                if start and etag not in (None, opened.etag):
+                    stack.close()
+                    opened = stack.enter_context(self.store.open(key))
+            yield Body(opened.start, opened.size_bytes, opened.etag, _relay(key, opened.pieces))
 
 
 def _relay(key: str, chunks: Iterator[bytes]) -> Iterator[bytes]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from storage.digest import Data
-from storage.errors import BadKey, NotFound, TooLarge
+from storage.errors import BadKey, NotFound, PreconditionFailed, TooLarge
 
 PutMode = Literal["create", "overwrite"]
 
@@ -45,6 +46,18 @@ class ObjectInfo:
     size_bytes: int
     etag: str
     modified_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An object being read: the length in bytes and the ETag of the whole of it, and its bytes from ``start`` on, in
+    pieces of at most 1 MiB.
+    """
+
+    size_bytes: int
+    etag: str
+    start: int
+    pieces: Iterator[bytes]
 
 
 def check_key(key: str) -> str:
@@ -111,12 +124,22 @@ class BlobStore(ABC):
         """
 
     @abstractmethod
+    def open(self, key: str, *, start: int = 0) -> AbstractContextManager[Opened]:
+        """Open the object from byte ``start`` on with one request; nothing comes from beyond its end.
+
+        Raises `NotFound`; the pieces raise `PreconditionFailed` where the object ceases to be the one that was opened.
+        """
+
     def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
         """Yield the object from byte ``start`` on, in pieces of at most 1 MiB.
 
         Raises `NotFound`, and `PreconditionFailed` where the object is not (or ceases to be, after an interruption) the
         one that ``etag`` names.
         """
+        with self.open(key, start=start) as opened:
+            if etag is not None and opened.etag != etag:
+                raise PreconditionFailed(f"{key}: ETag is {opened.etag}, expected {etag}; it was replaced", key=key)
+            yield from opened.pieces
 
     @abstractmethod
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:

@@ -36,7 +36,7 @@ from storage.errors import (
 )
 from storage.files import open_regular
 from storage.layout import CACHE_MARKER
-from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode, check_key, check_limit, is_key
 
 _PIECE_BYTES = 1 << 20
 _TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed
@@ -98,14 +98,23 @@ class LocalStore(BlobStore):
             return file.read(length)
 
     @override
-    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
-        with self._errors(key), open_regular(self._path(key)) as file:
-            seen = _info(key, os.fstat(file.fileno())).etag
-            if etag is not None and seen != etag:
-                raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
-            file.seek(start)
-            while piece := file.read(_PIECE_BYTES):
-                yield piece
+    @contextmanager
+    def open(self, key: str, *, start: int = 0) -> Iterator[Opened]:
+        with self._errors(key):
+            file = open_regular(self._path(key))
+        with file:  # what its reader raises of its own is no error of this store
+            with self._errors(key):
+                info = _info(key, os.fstat(file.fileno()))
+                file.seek(start)
+            yield Opened(info.size_bytes, info.etag, start, self._pieces(key, file))
+
+    def _pieces(self, key: str, file: BinaryIO) -> Iterator[bytes]:
+        while True:
+            with self._errors(key):
+                piece = file.read(_PIECE_BYTES)
+            if not piece:
+                return
+            yield piece
 
     @override
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:

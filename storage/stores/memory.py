@@ -6,12 +6,13 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from typing_extensions import override
 
 from storage.digest import Data
 from storage.errors import AlreadyExists, NotFound, PreconditionFailed
-from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit
+from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode, check_key, check_limit
 
 _PIECE_BYTES = 1 << 20
 
@@ -64,12 +65,11 @@ class MemoryStore(BlobStore):
         return self._find(key)[0][start : start + length]
 
     @override
-    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
+    @contextmanager
+    def open(self, key: str, *, start: int = 0) -> Iterator[Opened]:
         data, info = self._find(key)
-        if etag is not None and etag != info.etag:
-            raise PreconditionFailed(f"{key}: ETag is {info.etag}, expected {etag}", key=key)
-        for offset in range(start, len(data), _PIECE_BYTES):
-            yield data[offset : offset + _PIECE_BYTES]
+        offsets = range(start, len(data), _PIECE_BYTES)
+        yield Opened(info.size_bytes, info.etag, start, (data[offset : offset + _PIECE_BYTES] for offset in offsets))
 
     @override
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:

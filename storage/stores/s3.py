@@ -14,8 +14,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from storage.digest import Data
 from storage.errors import AlreadyExists, Corrupt, NotFound, PreconditionFailed, StorageError, StoreUnavailable
-from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode, check_key, check_limit, is_key
+from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode, check_key, check_limit, is_key
 from storage.stores.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
 
 if TYPE_CHECKING:
@@ -144,8 +144,16 @@ class S3Store(BlobStore):
         return b"".join(self._read(key, self._name(key), start=start, length=length))
 
     @override
-    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
-        return self._read(key, self._name(key), start=start, etag=etag)
+    @contextmanager
+    def open(self, key: str, *, start: int = 0) -> Iterator[Opened]:
+        name = self._name(key)
+        answer = self._open(key, name, start, None)
+        if answer is None:  # the one answer that says nothing of the object
+            info = self.head(key)
+            yield Opened(info.size_bytes, info.etag, start, iter(()))
+            return
+        with closing(answer.body), closing(self._read(key, name, start=start, answer=answer)) as pieces:
+            yield Opened(answer.size_bytes, answer.etag, start, pieces)
 
     def own_object(self) -> Iterator[bytes]:
         """Yield the one object that the URI itself names (``s3://bucket/model.safetensors``), as ``stream`` does."""
@@ -159,26 +167,29 @@ class S3Store(BlobStore):
         *,
         start: int = 0,
         length: int | None = None,
-        etag: str | None = None,
+        answer: _Answer | None = None,
         max_bytes: int | None = None,
-    ) -> Iterator[bytes]:
-        """Yield ``length`` bytes (to the end, where None) from ``start``, asking again from where a body was cut."""
-        offset, failures, end = start, 0, None
+    ) -> Generator[bytes]:
+        """Yield ``length`` bytes (to the end, where None) from ``start``, asking again from where a body was cut.
+
+        ``answer`` is the first one, where the caller has it already.
+        """
+        offset, failures, end, etag = start, 0, None, None
         while end is None or offset < end:
-            opened = self._open(key, name, offset, None if length is None else start + length)
-            if opened is None:  # nothing at or beyond this offset
+            answer = answer or self._open(key, name, offset, None if length is None else start + length)
+            if answer is None:  # nothing at or beyond this offset
                 if end is None:
                     return
                 raise PreconditionFailed(f"{key}: shorter than before; it was replaced while being read", key=key)
-            body, seen_etag, skip, size = opened
-            if etag is not None and seen_etag != etag:
+            body = answer.body
+            if etag is not None and answer.etag != etag:
                 body.close()
-                raise PreconditionFailed(f"{key}: ETag is {seen_etag}, expected {etag}; it was replaced", key=key)
-            etag = seen_etag
-            check_limit(key, size, max_bytes)
-            end = size if length is None else min(size, start + length)
+                raise PreconditionFailed(f"{key}: ETag is {answer.etag}, expected {etag}; it was replaced", key=key)
+            etag = answer.etag
+            check_limit(key, answer.size_bytes, max_bytes)
+            end = answer.size_bytes if length is None else min(answer.size_bytes, start + length)
             try:
-                for piece in _pieces(body, skip, end - offset):
+                for piece in _pieces(body, answer.skip, end - offset):
                     offset += len(piece)
                     failures = 0
                     yield piece
@@ -187,6 +198,7 @@ class S3Store(BlobStore):
                 cut = error
             finally:
                 body.close()
+            answer = None
             if offset < end:
                 failures += 1
                 if failures >= self.options.max_attempts:
@@ -195,11 +207,8 @@ class S3Store(BlobStore):
                         key=key,
                     ) from cut
 
-    def _open(self, key: str, name: str, offset: int, stop: int | None) -> tuple[Any, str, int, int] | None:
-        """Ask for the bytes from ``offset``.
-
-        Return body, ETag, how many of its bytes to skip, and the size of the whole object.
-        """
+    def _open(self, key: str, name: str, offset: int, stop: int | None) -> _Answer | None:
+        """Ask for the bytes from ``offset``; None where the object ends before."""
         ranged = offset > 0 or stop is not None
         wanted = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
         try:
@@ -213,14 +222,14 @@ class S3Store(BlobStore):
         with self._whole_answer("GET", key):
             etag, size = _bare(answer["ETag"]), answer["ContentLength"]
         if "ContentRange" not in answer:  # the server ignored the range and sends everything
-            return answer["Body"], etag, offset, size
+            return _Answer(answer["Body"], etag, offset, size)
         match = _CONTENT_RANGE.fullmatch(answer["ContentRange"])
         if match is None or int(match[1]) != offset or match[3] == "*":
             answer["Body"].close()
             raise Corrupt(
                 key, expected=f"Content-Range from byte {offset}", seen=f"Content-Range {answer['ContentRange']!r}"
             )
-        return answer["Body"], etag, 0, int(match[3])
+        return _Answer(answer["Body"], etag, 0, int(match[3]))
 
     @override
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
@@ -325,6 +334,16 @@ class S3Store(BlobStore):
 
     def _name(self, key: str) -> str:
         return self.prefix + check_key(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A body, how many of its bytes to skip, and of what object it is: its ETag, and the size of the whole of it."""
+
+    body: Any
+    etag: str
+    skip: int
+    size_bytes: int
 
 
 def _pieces(body: Any, skip: int, wanted: int) -> Iterator[bytes]:

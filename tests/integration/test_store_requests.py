@@ -64,10 +64,8 @@ def test_a_job_asks_for_nothing_twice(
         ("PutObject", "manifest"): 1,
     }
     assert sent.by_kind(stops["publish"]) == {
-        ("HeadObject", "blob"): blobs,
         ("GetObject", "blob"): blobs,
-        ("HeadObject", "manifest"): 2,  # the pull's, and the upgrade's: is it withdrawn?
-        ("GetObject", "manifest"): 2,  # pulled back, then read for the tag
+        ("GetObject", "manifest"): 3,  # pulled back; is it withdrawn, before the upgrade; then read for the tag
         ("GetObject", "tag"): 1,  # does it point at a later version?
         ("PutObject", "tag"): 1,
         ("PutObject", "report"): 1,

@@ -96,6 +96,17 @@ class ReadWriteContract:
         assert max(map(len, pieces)) <= 1 << 20
         assert list(store.stream("k", start=len(BIG))) == []
 
+    def test_one_that_is_opened_says_what_it_is(self, store: BlobStore) -> None:
+        written = store.put("k", BIG, mode="overwrite")
+        for start, rest in ((0, BIG), (1_000_001, BIG[1_000_001:]), (len(BIG), b""), (len(BIG) + 7, b"")):
+            with store.open("k", start=start) as opened:
+                assert (opened.size_bytes, opened.etag, opened.start) == (len(BIG), written.etag, start)
+                assert b"".join(opened.pieces) == rest
+        with store.open("k") as opened:  # what its reader raises is its own
+            assert len(next(iter(opened.pieces))) <= 1 << 20
+            with pytest.raises(FileNotFoundError), store.open("k", start=5):
+                raise FileNotFoundError
+
     def test_stream_of_a_replaced_object_is_refused(self, store: BlobStore) -> None:
         etag = store.put("k", b"one", mode="overwrite").etag
         store.put("k", b"another", mode="overwrite")

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from storage.digest import Data
 from storage.errors import StorageError
-from storage.stores.blob_store import BlobStore, ObjectInfo, PutMode
+from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ class WatchedStore(BlobStore):
             return self.inner.get_range(key, start, length)
 
     @override
-    def stream(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[bytes]:
-        with self._step("stream", key):
-            yield from self.inner.stream(key, start=start, etag=etag)
+    @contextmanager
+    def open(self, key: str, *, start: int = 0) -> Iterator[Opened]:
+        with self._step("open", key), self.inner.open(key, start=start) as opened:
+            yield opened
 
     @override
     def put(self, key: str, data: Data, *, mode: PutMode) -> ObjectInfo:
