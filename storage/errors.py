@@ -9,6 +9,7 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
     │   └── VersionDeleted   the version was there and was deleted; its number is not given out again
     ├── AlreadyExists        create-only write, and the key is taken
     ├── PreconditionFailed   the object is not (or no longer) the one that the ETag names
+    ├── WouldGoBack          a tag would move to an earlier version, and nobody said that this is meant
     ├── WriteConflict        the store gave up on two writes at once; which of them counts must be read back
     ├── Corrupt              the bytes are not those that the digest or length promises
     ├── Damaged              a check of the whole store, or of what was just published, found damage
@@ -67,6 +68,10 @@ class AlreadyExists(StorageError):
 
 class PreconditionFailed(StorageError):
     """The object is not, or no longer, the one that the ETag names."""
+
+
+class WouldGoBack(StorageError):
+    """A tag would move to an earlier version than it names, which is a person's word alone."""
 
 
 class WriteConflict(StorageError):

@@ -91,3 +91,20 @@ def check_tag(tag: str) -> str:
 def tag_key(name: str, tag: str) -> str:
     """Return the key of a tag."""
     return f"{tags_prefix(name)}{check_tag(tag)}.json"
+
+
+def entries_prefix(name: str) -> str:
+    """Return the prefix of the numbered entries of a model's tags: not below ``tags/``, which older releases list."""
+    return f"{model_prefix(name)}entries/"
+
+
+def entry_key(name: str, tag: str, number: int) -> str:
+    """Return the key of a tag's entry; entries count from 1."""
+    if not 1 <= number <= MAX_VERSION:
+        raise BadKey(f"entry {number} of tag {tag!r} of {name!r}: expected 1 to {MAX_VERSION}")
+    return f"{entries_prefix(name)}{check_tag(tag)}/{number:08d}.json"
+
+
+def newest_entry_key(name: str, tag: str) -> str:
+    """Return the key of the copy of a tag's newest entry: a hint where to look, overwritten by each writer."""
+    return f"{entries_prefix(name)}{check_tag(tag)}/newest.json"

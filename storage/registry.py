@@ -9,8 +9,6 @@ log2 n`` HEAD requests, or two from a good hint.
 from __future__ import annotations
 
 import math
-import random
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,14 +18,7 @@ from typing import TYPE_CHECKING
 from storage import layout
 from storage.condemned import read_condemned
 from storage.digest import Data, digest_bytes, digest_pieces, verify_bytes
-from storage.errors import (
-    AlreadyExists,
-    Corrupt,
-    NotFound,
-    StoreUnavailable,
-    UnsafeStore,
-    WriteConflict,
-)
+from storage.errors import BadKey, Corrupt, NotFound, UnsafeStore
 from storage.manifest import (
     MAX_MANIFEST_BYTES,
     MEDIA_TYPE_SHARD,
@@ -37,9 +28,11 @@ from storage.manifest import (
     canonical_json,
     parse_manifest,
 )
+from storage.numbering import newest_number, take_number
 from storage.references import (
     MAX_TAG_BYTES,
     TOMBSTONE_MAX_BYTES,
+    TagEntry,
     TagRecord,
     check_not_deleted,
     check_tagged,
@@ -50,13 +43,12 @@ from storage.references import (
 )
 from storage.stores.blob_store import BlobStore
 from storage.stores.capabilities import has_create_only
+from storage.tags import TagLog, no_tag
 
 if TYPE_CHECKING:
     from storage.shard import EncodedShard
 
 _MAX_REPORT_BYTES = 64 << 20
-_COMMIT_ATTEMPTS = 5
-_COMMIT_PAUSE_S = 0.05
 _CHECK_THREADS = 8
 
 
@@ -212,26 +204,10 @@ class Registry:
         """Write one number; return None where it is somebody else's."""
         manifest = draft.model_copy(update={"version": version})
         raw, key = canonical_json(manifest), layout.manifest_key(draft.name, version)
-        done = Published(draft.name, version, digest_bytes(raw), created=True)
-        for attempt in range(1, _COMMIT_ATTEMPTS + 1):
-            try:
-                if not create_only and self.store.exists(key):
-                    raise AlreadyExists(f"{key}: already in {self.store.uri}", key=key)
-                self.store.put(key, raw, mode="create" if create_only else "overwrite")
-                return done
-            except (AlreadyExists, WriteConflict, StoreUnavailable) as error:
-                # Ours may have landed with its answer lost: only the bytes themselves tell whose number this is.
-                try:
-                    ours = self.store.get(key, max_bytes=MAX_MANIFEST_BYTES) == raw
-                    met.retries += ours
-                    met.lost_races += not ours
-                    return done if ours else None
-                except NotFound:
-                    met.retries += 1
-                    if attempt == _COMMIT_ATTEMPTS:
-                        raise error from None
-                    time.sleep(random.uniform(0, _COMMIT_PAUSE_S * 2**attempt))
-        raise AssertionError("unreachable")
+        taken = take_number(self.store, key, raw, max_bytes=MAX_MANIFEST_BYTES, create_only=create_only)
+        met.retries += taken.retries
+        met.lost_races += not taken.ours
+        return Published(draft.name, version, digest_bytes(raw), created=True) if taken.ours else None
 
     def newest_version(self, name: str) -> int:
         """Return the highest number given out so far, deleted versions included; 0 where there is none.
@@ -242,25 +218,17 @@ class Registry:
         def there(version: int) -> bool:
             return version <= layout.MAX_VERSION and self.store.exists(layout.manifest_key(name, version))
 
-        low = self._newest_seen.get(name) or self._tagged_version(name, "latest")
-        if low and not there(low):
-            low = 0
-        step = 1
-        while there(low + step):
-            low += step
-            step *= 2
-        high = low + step
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if there(middle) else (low, middle)
-        self._newest_seen[name] = low
-        return low
+        newest = newest_number(there, self._newest_seen.get(name) or self._hint(name))
+        self._newest_seen[name] = newest
+        return newest
 
-    def _tagged_version(self, name: str, tag: str) -> int:
+    def _hint(self, name: str) -> int:
+        """Return a version that is likely to be there: what the tag ``latest`` says to older releases."""
         try:
-            return self.read_tag(name, tag).version
+            raw = self.store.get(layout.tag_key(name, "latest"), max_bytes=MAX_TAG_BYTES)
         except NotFound:
             return 0
+        return parse_tag(raw, name, "latest").version
 
     def _same_content(self, draft: Manifest, version: int) -> Published | None:
         raw = self._raw(draft.name, version)
@@ -320,42 +288,49 @@ class Registry:
 
     # tags and reports
 
-    def tag(self, name: str, tag: str, version: int) -> None:
-        """Point ``tag`` at a version that is there.
+    def tag(self, name: str, tag: str, version: int, *, back: bool = False) -> TagEntry:
+        """Point ``tag`` at a version that is there, and return the numbered entry that says so.
 
-        The last writer wins: a tag is a convenience, the numbered manifest is the truth.
+        Raises `WouldGoBack` where it names a later one and ``back`` was not said.
         """
-        digest = self._read_version(name, version).digest
-        record = TagRecord(name=name, version=version, digest=digest)
-        self.store.put(layout.tag_key(name, tag), canonical_json(record), mode="overwrite")
+        return self.tag_log(name, tag).move(self._record(name, version), back=back)
 
-    def tag_forward(self, name: str, tag: str, version: int) -> bool:
-        """Point ``tag`` at a version unless it points at a later one already; tell whether it points there now.
+    def tag_forward(self, name: str, tag: str, version: int) -> TagEntry | None:
+        """Point ``tag`` at a version that is later than all that it ever named, and return the entry that says so.
 
-        Two that tag at the same instant may still leave the earlier one: a tag is no compare-and-swap.
+        None where it is not: two jobs may end in another order than they began, and a person's move back stands. Of
+        any number that tag at the same instant, the latest version is what the tag names in the end.
         """
-        if self._tagged_version(name, tag) > version:
+        return self.tag_log(name, tag).advance(self._record(name, version))
+
+    def tag_log(self, name: str, tag: str) -> TagLog:
+        """Return the entries of a tag: its history, and its undo."""
+        return TagLog(self.store, name, tag, self._holds)
+
+    def _record(self, name: str, version: int) -> TagRecord:
+        return TagRecord(name=name, version=version, digest=self._read_version(name, version).digest)
+
+    def _holds(self, record: TagRecord) -> bool:
+        try:
+            return digest_bytes(self._raw(record.name, record.version)) == record.digest
+        except (NotFound, BadKey):
             return False
-        self.tag(name, tag, version)
-        return True
 
     def read_tag(self, name: str, tag: str) -> TagRecord:
-        """Return what a tag says. Raises `NotFound`, `InvalidManifest`."""
-        key = layout.tag_key(name, tag)
-        try:
-            raw = self.store.get(key, max_bytes=MAX_TAG_BYTES)
-        except NotFound:
-            raise NotFound(
-                f"model {name!r}: no tag {tag!r} in {self.store.uri}; 'nestquant ls' shows what there is", key=key
-            ) from None
-        return parse_tag(raw, name, tag)
+        """Return what a tag says: its newest entry, or the plain object where an older release wrote a later version.
+
+        Raises `NotFound`, `InvalidManifest`.
+        """
+        record = self.tag_log(name, tag).state().says()
+        if record is None:
+            raise no_tag(self.store, name, tag)
+        return record
 
     def tags(self, name: str) -> dict[str, int]:
         """Return tag -> version, as LIST tells."""
-        names = [
-            info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(layout.tags_prefix(name))
-        ]
-        return {tag: self.read_tag(name, tag).version for tag in names}
+        plain = (info.key.rpartition("/")[2] for info in self.store.list(layout.tags_prefix(name)))
+        names = {key.removesuffix(".json") for key in plain} | set(self.store.folders(layout.entries_prefix(name)))
+        return {tag: self.read_tag(name, tag).version for tag in sorted(names)}
 
     def put_report(self, name: str, version: int, report: str, data: Data) -> None:
         """Keep measurements beside a version: JSON, never part of it, the last one wins."""

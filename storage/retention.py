@@ -191,6 +191,20 @@ def _tag_problems(registry: Registry, name: str) -> Iterator[str]:
             registry.resolve(name, tag)
         except StorageError as error:
             yield _problem(f"{name} tag {tag!r}", error)
+            continue
+        entry = (state := registry.tag_log(name, tag).state()).entry
+        if entry is not None and state.moved_by_older() is None and state.copy != entry.record():
+            seen = (
+                "cannot be read"
+                if state.damage
+                else f"says version {state.copy.version}"
+                if state.copy
+                else "is missing"
+            )
+            yield (
+                f"{name} tag {tag!r}: entry {entry.number} names version {entry.version}, and the copy for "
+                f"older releases {seen}; 'nestquant tag {name}@{entry.version} {tag}' writes it anew"
+            )
 
 
 def _problem(where: str, error: StorageError) -> str:

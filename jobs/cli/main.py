@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, store, zoo
+from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, store, tags, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -28,6 +28,7 @@ from storage.errors import (
     NoSpace,
     StorageError,
     StoreUnavailable,
+    WouldGoBack,
 )
 from storage.wording import printable, without_secrets
 from workers.errors import NoCluster, ScratchFull, WorkError
@@ -63,6 +64,7 @@ device.register(app)
 store.register(app)
 maintain.register(app)
 keys.register(app)
+tags.register(app)
 zoo.register(app)
 cluster.register(app)
 
@@ -74,7 +76,7 @@ def exit_code(error: BaseException) -> Exit:
     kinds: list[tuple[tuple[type[BaseException], ...], Exit]] = [
         ((GateError,), Exit.GATE),
         ((ClusterError, NoCluster), Exit.STORE),
-        ((BadStoreURI, BadKey, device_errors.NotOurs), Exit.USAGE),
+        ((BadStoreURI, BadKey, WouldGoBack, device_errors.NotOurs), Exit.USAGE),
         ((JobError,), Exit.USAGE),
         ((NoSpace, ScratchFull, device_errors.NoSpace), Exit.DISK),
         ((AccessDenied, StoreUnavailable, device_errors.SourceDenied, device_errors.GaveUp), Exit.STORE),

@@ -71,14 +71,16 @@ def tag(job: Job, _: Executor, __: StageClock) -> Job:
     if job.fault is not None:
         return job
     published, store = job.version, job.spec.store
-    moved = [name for name in store.tags if job.registry.tag_forward(published.name, name, published.version)]
+    entries = [job.registry.tag_forward(published.name, name, published.version) for name in store.tags]
+    moves = [entry for entry in entries if entry is not None]
+    moved = [entry.tag for entry in moves]
     if store.signing_keys:
         sign(
             job.registry.store,
             published.name,
             load_keys(store.signing_keys),
             versions=[published.version],
-            tags=dict.fromkeys(moved, published.version),
+            moves=moves,
             backwards="skip",
         )
     stayed = [name for name in store.tags if name not in moved]

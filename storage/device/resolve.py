@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from storage.device.errors import DeviceError, SourceNotFound
+from storage.device.errors import DeviceError, SourceDenied, SourceNotFound
 from storage.device.source import Documents
 from storage.digest import digest_bytes
 from storage.errors import InvalidManifest, VersionDeleted
 from storage.layout import MAX_VERSION, manifest_key, tag_key
 from storage.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from storage.references import (
-    MAX_TAG_BYTES,
     TOMBSTONE_MAX_BYTES,
     TagRecord,
     check_not_deleted,
     check_tagged,
     parse_digest,
-    parse_tag,
     parse_version,
+    read_tag_state,
     read_tombstone,
 )
 
@@ -97,8 +96,19 @@ def _resolve_digest(documents: Documents, name: str, digest: str) -> Release:
 
 
 def _read_tag(documents: Documents, name: str, tag: str) -> TagRecord:
-    try:
-        raw = documents.read(tag_key(name, tag), max_bytes=MAX_TAG_BYTES)
-    except SourceNotFound as error:
-        raise SourceNotFound(f"{name} has no tag {tag!r} here; 'nestquant ls' shows what there is") from error
-    return parse_tag(raw, name, tag)
+    plain = tag_key(name, tag)
+
+    def read(key: str, max_bytes: int) -> bytes | None:
+        try:
+            return documents.read(key, max_bytes=max_bytes)
+        except SourceNotFound:
+            return None
+        except SourceDenied:  # S3 answers 403 where a missing key may not be listed
+            if key == plain:
+                raise
+            return None
+
+    record = read_tag_state(read, name, tag).says()
+    if record is None:
+        raise SourceNotFound(f"{name} has no tag {tag!r} here; 'nestquant ls' shows what there is")
+    return record

@@ -21,8 +21,10 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
-from storage.errors import AlreadyExists, NotFound, StoreUnavailable, WriteConflict
+from storage.errors import NotFound
 from storage.layout import check_tag, manifest_key, model_prefix
+from storage.numbering import newest_number, take_number
+from storage.references import TagEntry
 from storage.registry import Registry
 from storage.signing.expiry import check_clock, expiries, now, warnings_of
 from storage.signing.keys import SigningError
@@ -114,6 +116,7 @@ def sign(
     *,
     versions: Iterable[int] = (),
     tags: Mapping[str, int] | None = None,
+    moves: Iterable[TagEntry] = (),
     withdraw: Iterable[int] = (),
     afresh: bool = False,
     backwards: Backwards = "refuse",
@@ -123,12 +126,14 @@ def sign(
 
     Needs a publisher and an online key. A tag's version is vouched for with it. ``withdraw`` takes versions back.
     ``backwards``: what to do with a tag that is signed for a later version already, since devices would follow it back.
+    ``moves``: tags as their numbered entries say; each is signed with its entry's number, and one of which a later
+    entry is signed already stays, so that signers who race leave what the last entry says.
 
     Raises:
         SigningError: a key is missing, a tag would move back, the root has ended, or a clock is wrong.
         storage.StorageError: a version is not there, or the store refuses.
     """
-    tags, lives = dict(tags or {}), lives or Lives()
+    tags, lives, moves = dict(tags or {}), lives or Lives(), tuple(moves)
     check_clock(store)
     keys = _Keys(_living_root(store), signers)
     versions = set(versions)
@@ -137,7 +142,11 @@ def sign(
     for _ in range(_ATTEMPTS):
         before = {} if afresh or not edition else _read_targets(store, name, edition, keys).targets
         tags = _forward(name, tags, before, backwards)
-        added = _targets_of(store, name, versions | set(tags.values()), tags)
+        due = [entry for entry in moves if _is_due(name, entry, before, backwards)]
+        said = {**tags, **{entry.tag: entry.version for entry in due}}
+        added = _targets_of(store, name, versions | set(said.values()), said)
+        for entry in due:
+            added[tag_target(name, entry.tag)].unrecognized_fields["custom"]["entry"] = entry.number
         kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken)}
         targets = Targets(edition + 1, expires=_from_now(lives.targets), targets={**kept, **added})
         targets.unrecognized_fields[MODEL_FIELD] = name
@@ -204,6 +213,16 @@ def _forward(
     return forward
 
 
+def _is_due(name: str, entry: TagEntry, before: Mapping[str, TargetFile], backwards: Backwards) -> bool:
+    """Tell whether a tag's move is later than what is signed of it; entries decide wherever both have one."""
+    signed = before.get(tag_target(name, entry.tag))
+    number = None if signed is None else signed.custom.get("entry")
+    if number is not None:
+        return bool(number < entry.number)
+    allowed = backwards if entry.move in ("forward", "adopted") else "allow"
+    return bool(_forward(name, {entry.tag: entry.version}, before, allowed))
+
+
 def _targets_of(store: BlobStore, name: str, versions: set[int], tags: Mapping[str, int]) -> dict[str, TargetFile]:
     registry, found = Registry(store), {}
     for version in sorted(versions):
@@ -224,14 +243,7 @@ def newest_edition(store: BlobStore, name: str) -> int:
 
     Editions are numbered without a gap, so doubling and bisecting finds it without LIST.
     """
-    low, step = 0, 1
-    while store.exists(trust_key(name, f"{low + step}.targets")):
-        low, step = low + step, step * 2
-    high = low + step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if store.exists(trust_key(name, f"{middle}.targets")) else (low, middle)
-    return low
+    return newest_number(lambda edition: store.exists(trust_key(name, f"{edition}.targets")))
 
 
 def _read_targets(store: BlobStore, name: str, edition: int, keys: _Keys) -> Targets:
@@ -280,14 +292,7 @@ def _next_timestamp(store: BlobStore, name: str, keys: _Keys) -> int:
 
 def _create(store: BlobStore, key: str, raw: bytes) -> bool:
     """Put if absent; True where the bytes under ``key`` are ours, even if the answer to our write was lost."""
-    try:
-        store.put(key, raw, mode="create")
-    except (AlreadyExists, WriteConflict, StoreUnavailable) as error:
-        try:
-            return store.get(key, max_bytes=MAX_TARGETS_BYTES) == raw
-        except NotFound:
-            raise error from None
-    return True
+    return take_number(store, key, raw, max_bytes=MAX_TARGETS_BYTES).ours
 
 
 def _summary(store: BlobStore, name: str, edition: int, targets: Targets, expires: datetime) -> Signed:

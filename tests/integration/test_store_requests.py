@@ -67,7 +67,10 @@ def test_a_job_asks_for_nothing_twice(
         ("GetObject", "blob"): blobs,
         ("GetObject", "manifest"): 3,  # pulled back; is it withdrawn, before the upgrade; then read for the tag
         ("GetObject", "tag"): 1,  # does it point at a later version?
+        ("GetObject", "entry"): 2,  # neither a hint nor a first entry
+        ("PutObject", "entry"): 2,  # the entry, and the hint
         ("PutObject", "tag"): 1,
+        ("HeadObject", "entry"): 1,  # has somebody moved it on meanwhile?
         ("PutObject", "report"): 1,
     }
 

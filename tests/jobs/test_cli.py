@@ -15,27 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.cli.main import main
+from tests.jobs.conftest import Run
 
 Document = Callable[..., dict[str, Any]]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def nestquant(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line in this process; return exit code, standard output, standard error."""
-    monkeypatch.delenv("NESTQUANT_STORE", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nestquant", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ _KINDS = (
     ("manifest", r"models/[^/]+/versions/\d+\.json"),
     ("report", r"models/[^/]+/versions/\d+\."),
     ("tag", r"models/[^/]+/tags/"),
+    ("entry", r"models/[^/]+/entries/"),
     ("gc's list", r"gc/"),
 )
 

@@ -57,6 +57,8 @@ def test_layout_of_a_store(store: MemoryStore, registry: Registry) -> None:
         "models/net/versions/00000001.json",
         "models/net/versions/00000001.accuracy.json",
         "models/net/tags/latest.json",
+        "models/net/entries/latest/00000001.json",
+        "models/net/entries/latest/newest.json",
     }
     assert json.loads(store.get("models/net/tags/latest.json")) == {
         "digest": published.digest,

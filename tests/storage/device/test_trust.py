@@ -17,6 +17,7 @@ from storage.device.errors import DeviceError, SourceError, Untrusted
 from storage.digest import Data
 from storage.errors import InvalidManifest
 from storage.layout import manifest_key
+from storage.registry import Registry
 from storage.signing.keys import SigningError, generate_key, load_key, load_public_key
 from storage.signing.metadata import Lives, Signed, refresh, sign, trust_key
 from storage.signing.root import add_key, create_root, newest_root, revoke_key, root_key
@@ -375,3 +376,24 @@ def test_a_store_without_a_root_says_so() -> None:
     with pytest.raises(SigningError, match="no root of trust"):
         newest_root(MemoryStore())
     assert issubclass(Untrusted, DeviceError)
+
+
+def test_a_signed_tag_follows_its_entries_whoever_signs_last(publisher: Publisher, tmp_path: Path) -> None:
+    """Entries order what is signed: a signer that was held up signs no tag back, and a person's move back is signed."""
+    for version in (1, 2, 3):
+        publish(publisher.store, version=version)
+    registry = Registry(publisher.store)
+    early = registry.tag("net", "stable", 2)
+    late = registry.tag("net", "stable", 3)
+    assert publisher.sign(moves=[late]).tags == {"stable": 3}
+    assert publisher.sign(moves=[early]).tags == {"stable": 3}
+    device = publisher.device(tmp_path / "cache")
+    assert device.pull("net", "stable").version == 3
+    back = registry.tag_log("net", "stable").undo()
+    assert publisher.sign(moves=[back]).tags == {"stable": 2}
+    assert publisher.sign(moves=[late]).tags == {"stable": 2}, "version 3 was taken back"
+    assert device.pull("net", "stable").version == 2
+    entries = [registry.tag("net", "stable", 3), registry.tag("net", "stable", 1, back=True)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda entry: publisher.sign(moves=[entry]), entries))
+    assert device.pull("net", "stable").version == 1
