@@ -5,9 +5,14 @@ One line each: what was seen, what was expected, what to try.
 
 from __future__ import annotations
 
+from storage.wording import bounded
+
 
 class JobError(Exception):
     """Root of everything that is wrong with what was asked."""
+
+    def __str__(self) -> str:
+        return bounded(super().__str__())
 
 
 class SpecError(JobError):

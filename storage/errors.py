@@ -24,14 +24,14 @@ Each says in one line what was seen, what was expected and what to try; ``key`` 
 
 from __future__ import annotations
 
-from storage.wording import without_secrets
+from storage.wording import bounded, without_secrets
 
 
 class StorageError(Exception):
     """Root of the tree. ``key`` is the object's key in the store, where the error is about one."""
 
     def __init__(self, message: str, *, key: str | None = None) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(bounded(without_secrets(message)))
         self.key = key
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -1,4 +1,6 @@
-"""Text of strangers in our messages: no secret of an address is shown, and no character steers a terminal."""
+"""Text of strangers in our messages: no secret of an address is shown, no character steers a terminal, and none fills
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,27 @@ _SECRET_VALUE = re.compile(
     r"(?i)([?&](?:x-amz-(?:signature|credential|security-token)|signature|awsaccesskeyid|sig|token|access_?token|api_?key|"
     r"password|secret)=)[^&\s'\"<>)]*"
 )
+
+MOST_SEEN = 200
+_MOST_LINE = 2000
+# What a message quotes, lists, or says in one word: what was seen, not what we say of it.
+_SEEN = re.compile(r"(?<![\w'])'[^'\n]*'(?!\w)|\"[^\"\n]*\"|\[[^\]\n]*\]|\S+")
+
+
+def bounded(text: str) -> str:
+    """Return a message with everything that it shows of somebody's input cut to 200 characters, head and tail kept.
+
+    That is what stands in quotes or brackets, and any word; a line of more than 2,000 characters is cut as well.
+    """
+    if len(text) <= MOST_SEEN:
+        return text
+    lines = (_SEEN.sub(lambda found: _cut(found[0], MOST_SEEN), line) for line in text.split("\n"))
+    return "\n".join(_cut(line, _MOST_LINE) for line in lines)
+
+
+def _cut(text: str, most: int) -> str:
+    head, tail = most * 3 // 4 - 5, most // 4
+    return text if len(text) <= most else f"{text[:head]} ... {text[-tail:]}"
 
 
 def without_secrets(text: str) -> str:

@@ -24,9 +24,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage.wording import bounded
+
 
 class WorkError(Exception):
     """Root of everything that goes wrong in the work on a model."""
+
+    def __str__(self) -> str:
+        return bounded(super().__str__())
 
 
 class ModelError(WorkError):

@@ -15,6 +15,9 @@ from workers.errors import nearest
 
 S = TypeVar("S", bound=BaseModel)
 
+_MOST_FAULTS = 20
+"""Lines about one document; a list of thousands of wrong items is one mistake."""
+
 
 def load_spec(path: str | Path, *, changes: dict[str, Any] | None = None) -> JobSpec:
     """Read a spec from YAML or JSON; ``changes`` maps dotted keys (``store.uri``) to values that win over the file's.
@@ -39,6 +42,8 @@ def with_changes(document: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     for dotted, value in changes.items():
         head, _, rest = dotted.partition(".")
         inner = result.get(head)
+        if rest and head == "model" and isinstance(inner, str):  # the short form: the rest of the section follows
+            inner = {"arch": inner}
         result[head] = with_changes(inner if isinstance(inner, dict) else {}, {rest: value}) if rest else value
     return result
 
@@ -57,7 +62,8 @@ def parse_as(kind: type[S], document: dict[str, Any], *, where: str) -> S:
         # A faulty item of a list also makes the list too short for pydantic: that is not what is wrong.
         inner = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
         faults = [_fault(kind, dict(item)) for item in items if item["type"] != "too_short" or item["loc"] not in inner]
-        raise SpecError("\n".join(f"{where}: {fault}" for fault in faults)) from error
+        more = [f"and {len(faults) - _MOST_FAULTS} faults more"] if len(faults) > _MOST_FAULTS else []
+        raise SpecError("\n".join(f"{where}: {fault}" for fault in (*faults[:_MOST_FAULTS], *more))) from error
 
 
 def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
@@ -20,15 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from jobs.spec.model import ModelSpec, Section
 from nestquant.config import Observer, Rounding
 from nestquant.config import check_bits as check_method_bits
 from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
-from storage.manifest import MAX_PIXELS, Interpolation, Library, ModelName, Scheme, canonical_json
+from storage.manifest import MAX_PIXELS, Interpolation, ModelName, Scheme, canonical_json
 from storage.stores.blob_store import check_key
-from workers.errors import ModelError
-from workers.inputs.arguments import check_arguments
 
 METHOD_VERSION = 2
 """Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
@@ -37,51 +33,6 @@ identity."""
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
 
 DEFAULT_CHOICES = (3, 4, 5, 6)
-
-
-class Section(BaseModel):
-    """Base of the spec's sections: immutable, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        check_arguments(kwargs)
-    except ModelError as error:
-        raise ValueError(str(error).removeprefix("model.kwargs.").rstrip(".")) from error
-    return kwargs
-
-
-Arguments = Annotated[dict[str, Any], AfterValidator(_checked_arguments)]
-
-
-class ModelSpec(Section):
-    """Which network, and where its weights come from.
-
-    ``checkpoint`` is a .safetensors, or what torch.save wrote (a path or an s3:// URI); ``weights`` says which are
-    meant where it holds both averaged ones (``ema``, the default there) and the model's own (``model``); ``pretrained``
-    lets the library download its own; ``random_seed`` takes the architecture's own initialisation.
-    """
-
-    library: Library
-    arch: str
-    kwargs: Arguments = Field(default_factory=dict)
-    checkpoint: str | None = None
-    weights: Literal["ema", "model"] | None = None
-    pretrained: bool = False
-    random_seed: int | None = Field(
-        default=None, description="random weights from this seed: for size tables and load tests"
-    )
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
-        if sum(given) != 1:
-            raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
-        if self.weights is not None and self.checkpoint is None:
-            raise ValueError("'weights' says which of a checkpoint's; give 'checkpoint', or leave it out")
-        return self
 
 
 class Override(Section):
@@ -311,6 +262,16 @@ class JobSpec(Section):
     evaluate: EvaluateSpec | None = None
     analysis: AnalysisSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_zoo(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "models" in given and "model" not in given:
+            raise ValueError(
+                "'models' is a key of a zoo; a job has one 'model', such as model: timm/mobilenetv3_small_100. "
+                "'nestquant zoo' runs a zoo"
+            )
+        return given
 
     @field_validator("name")
     @classmethod

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,13 +23,12 @@ from jobs.spec.job import (
     JobSpec,
     PreprocessSpec,
     QuantizeSpec,
-    Section,
     StoreSpec,
 )
-from storage.manifest import ModelName, first_repeated
+from jobs.spec.model import FORMS, Section, written_out
+from storage.manifest import Library, ModelName, first_repeated
 from workers.errors import nearest
 
-LIBRARIES = ("timm", "pytorchcv")
 _SECTIONS = ("preprocess", "calibration", "evaluate", "analysis")
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 
@@ -37,7 +36,8 @@ _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 class ZooEntry(Section):
     """Some models, and what is different for them.
 
-    ``models`` is ``library/name``, ``library/pattern`` or ``@file`` with one of these a line; ``checkpoint`` may hold
+    ``models`` is ``library/name``, ``library/pattern`` or ``@file`` with one of these a line; ``library`` and ``arch``,
+    as a job's ``model`` has them, say the same for one network. ``checkpoint`` may hold
     ``{library}`` and ``{arch}``. A section given here takes the place of the shared one, ``null`` included.
     """
 
@@ -53,6 +53,21 @@ class ZooEntry(Section):
     analysis: AnalysisSpec | None = None
     priority: int = 0
     recipes: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_a_job(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"models": given}
+        if not isinstance(given, dict) or not {"library", "arch"} & set(given):
+            return given
+        if "models" in given:
+            raise ValueError("give 'models', or 'library' and 'arch' as in a job, not both")
+        entry = written_out(given)
+        if lacking := [key for key in ("library", "arch") if not isinstance(entry.get(key), str)]:
+            raise ValueError(f"names no network: {lacking[0]!r} is missing or no text; expected {FORMS}")
+        rest = {key: value for key, value in entry.items() if key not in ("library", "arch")}
+        return {"models": f"{entry['library']}/{entry['arch']}", **rest}
 
 
 class ZooSpec(Section):
@@ -77,12 +92,20 @@ class ZooSpec(Section):
     cluster: ClusterSpec = ClusterSpec()
     max_models: int = Field(default=4, ge=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_job(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "model" in given and "models" not in given:
+            raise ValueError(
+                "'model' is a key of a job; a zoo has 'models', such as models: [timm/mobilenetv3_small_100]. "
+                "'nestquant quantize' runs a job"
+            )
+        return given
+
     @field_validator("models", mode="before")
     @classmethod
-    def _bare_names(cls, models: Any) -> Any:
-        if not isinstance(models, list | tuple):
-            return models
-        return [{"models": entry} if isinstance(entry, str) else entry for entry in models]
+    def _one_alone(cls, models: Any) -> Any:
+        return [models] if isinstance(models, str | dict) else models
 
     @model_validator(mode="after")
     def _known_recipes(self) -> Self:
@@ -175,7 +198,7 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
     from workers.inputs import networks
 
     library, slash, pattern = text.partition("/")
-    if library not in LIBRARIES or not slash or not pattern:
+    if library not in get_args(Library) or not slash or not pattern:
         raise SpecError(
             f"models: {text!r}: expected timm/NAME, pytorchcv/NAME, a pattern such as timm/vit_*, or @file."
         )

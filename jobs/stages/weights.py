@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from jobs.errors import PlanError
-from jobs.spec.job import ModelSpec, PreprocessSpec
+from jobs.spec.job import PreprocessSpec
+from jobs.spec.model import ModelSpec
 from nestquant.surgery import LayerScan, execution_order, find_layers
 from storage.layout import blob_key
 from storage.registry import Registry

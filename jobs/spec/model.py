@@ -1,0 +1,88 @@
+"""The spec's section ``model``: which network, in any of the forms that a person writes, and whose weights.
+
+One vocabulary for jobs and zoos: ``timm/resnet18`` says the same as ``{library: timm, arch: resnet18}``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from storage.manifest import Library
+from workers.errors import ModelError
+from workers.inputs.arguments import check_arguments
+
+FORMS = "timm/NAME or pytorchcv/NAME, or the keys library and arch"
+
+
+def written_out(given: dict[str, Any]) -> dict[str, Any]:
+    """Return a section's keys with ``library`` and ``arch`` apart, where ``arch`` names both: ``timm/resnet18``."""
+    arch = given.get("arch")
+    if "library" in given or not isinstance(arch, str) or "/" not in arch:
+        return given
+    library, _, name = arch.partition("/")
+    if library not in get_args(Library) or not name:
+        raise ValueError(f"{arch!r} names no network; expected {FORMS}")
+    return {**given, "library": library, "arch": name}
+
+
+class Section(BaseModel):
+    """Base of the spec's sections: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _checked_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_arguments(kwargs)
+    except ModelError as error:
+        raise ValueError(str(error).removeprefix("model.kwargs.").rstrip(".")) from error
+    return kwargs
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_checked_arguments)]
+
+
+class ModelSpec(Section):
+    """Which network, and where its weights come from.
+
+    A name alone, ``timm/resnet18``, means that network with the library's own weights; ``arch: timm/resnet18`` says
+    ``library`` and ``arch`` in one.
+
+    ``checkpoint`` is a .safetensors, or what torch.save wrote (a path or an s3:// URI); ``weights`` says which are
+    meant where it holds both averaged ones (``ema``, the default there) and the model's own (``model``); ``pretrained``
+    lets the library download its own; ``random_seed`` takes the architecture's own initialisation.
+    """
+
+    library: Library
+    arch: str
+    kwargs: Arguments = Field(default_factory=dict)
+    checkpoint: str | None = None
+    weights: Literal["ema", "model"] | None = None
+    pretrained: bool = False
+    random_seed: int | None = Field(
+        default=None, description="random weights from this seed: for size tables and load tests"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            if "/" not in given:
+                raise ValueError(f"names no library; expected {FORMS}")
+            given = {"arch": given, "pretrained": True}
+        if isinstance(given, BaseModel):
+            return given
+        if not isinstance(given, dict):
+            raise ValueError(f"expected {FORMS}")
+        return written_out(given)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
+        if self.weights is not None and self.checkpoint is None:
+            raise ValueError("'weights' says which of a checkpoint's; give 'checkpoint', or leave it out")
+        return self
