@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, store, tags, zoo
+from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, rollouts, store, tags, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -65,6 +65,7 @@ store.register(app)
 maintain.register(app)
 keys.register(app)
 tags.register(app)
+rollouts.register(app)
 zoo.register(app)
 cluster.register(app)
 

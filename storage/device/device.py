@@ -25,6 +25,7 @@ from storage.device.source import Documents, Source, StoreSource
 from storage.device.sweep import named, settle, sweep
 from storage.errors import VersionDeleted
 from storage.manifest import Descriptor, Manifest
+from storage.signing.rollouts import Member
 from storage.stores.local import LocalStore
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ class Device:
 
     ``root_of_trust``: a root of the store (``storage.signing.root.create_root``), needed until the cache has pinned
     one. ``unsigned=True`` takes the store's word instead: nothing is verified but digests, and a signed version is
-    replaced by an unsigned one with ``replace_signed=True`` alone. ``source=None``: offline; everything but
-    ``resolve``, ``pull`` and ``upgrade`` works.
+    replaced by an unsigned one with ``replace_signed=True`` alone. ``device_id`` and ``cohorts``: which signed rollouts
+    take this device; the id is never sent anywhere, and without one it comes last. ``source=None``: offline; everything
+    but ``resolve``, ``pull`` and ``upgrade`` works.
     """
 
     root: Path
@@ -46,6 +48,8 @@ class Device:
     unsigned: bool = False
     replace_signed: bool = False
     root_of_trust: bytes | None = None
+    device_id: str | None = None
+    cohorts: frozenset[str] = frozenset()
     retry: Retry = field(default_factory=Retry)
     pace: Pace = field(default_factory=Pace)
     on_event: Callable[[Event], None] = lambda _: None
@@ -206,7 +210,9 @@ class Device:
     def _resolve(self, name: str, ref: str) -> Release:
         if self.unsigned:
             return resolve_unsigned(self._documents(name), name, ref)
-        return self._trust().resolve(self._documents(name), name, ref)
+        current = self._cache.state(name).current
+        member = Member(self.device_id, self.cohorts, None if current is None else current.version)
+        return self._trust().resolve(self._documents(name), name, ref, member)
 
     def _unless_signed(self, state: State, release: Release) -> Release:
         """Let no version that nobody signed replace a signed one, unless that was said; the same bytes stay signed."""

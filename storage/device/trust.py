@@ -39,6 +39,7 @@ from storage.signing.metadata import (
     tag_target,
     trust_key,
 )
+from storage.signing.rollouts import Member, chosen_target
 from storage.signing.root import MAX_ROOT_BYTES
 from storage.stores.blob_store import check_key
 
@@ -68,14 +69,20 @@ class Trust:
         """Where what was last trusted is kept."""
         return self.root / "trust"
 
-    def resolve(self, documents: Documents, name: str, ref: str) -> Release:
-        """Return the release that the publisher's signature names. Raises ``Untrusted``, ``InvalidManifest``."""
+    def resolve(self, documents: Documents, name: str, ref: str, member: Member | None = None) -> Release:
+        """Return the release that the publisher's signature names; for a tag, the one that a rollout gives ``member``.
+
+        Raises ``Untrusted``, ``InvalidManifest``.
+        """
         digest, version = parse_digest(ref), parse_version(ref)
         if digest is not None:
             what, info = f"a version with the digest {ref}", _by_digest(self._targets(documents, name), name, digest)
         else:
             path = check_key(tag_target(name, ref) if version is None else manifest_key(name, version))
-            what, info = f"{'tag' if version is None else 'version'} {ref!r}", self._targets(documents, name).get(path)
+            targets = self._targets(documents, name)
+            what, info = f"{'tag' if version is None else 'version'} {ref!r}", targets.get(path)
+            if version is None and info is not None and member is not None:
+                info = _rolled_out(targets, name, ref, info, member)
         if info is None:
             raise Untrusted(f"{name}: nobody signed {what}")
         return _read_release(documents, name, info)
@@ -173,10 +180,28 @@ def _by_digest(targets: dict[str, TargetFile], name: str, digest: str) -> Target
     return next((file for file in found if file.hashes.get("sha256") == digest_hex(digest)), None)
 
 
-def _read_release(documents: Documents, name: str, info: TargetFile) -> Release:
+def _rolled_out(targets: dict[str, TargetFile], name: str, tag: str, tagged: TargetFile, member: Member) -> TargetFile:
+    """Return the target that a device runs of those that a tag and its rollouts name."""
+    try:
+        path = chosen_target(targets, name, tag, _version_of(tagged, name), member)
+    except ValueError as error:
+        raise Untrusted(f"{name}: {error}") from error
+    if path is None:
+        return tagged
+    if path not in targets:
+        raise Untrusted(f"{name}: a rollout of tag {tag!r} names a version that nobody signed")
+    return targets[path]
+
+
+def _version_of(info: TargetFile, name: str) -> int:
     version = info.custom.get("version") if isinstance(info.custom, dict) else None
     if not isinstance(version, int) or "sha256" not in info.hashes:
         raise Untrusted(f"{name}: the signed target {info.path} names no version or no SHA-256")
+    return version
+
+
+def _read_release(documents: Documents, name: str, info: TargetFile) -> Release:
+    version = _version_of(info, name)
     raw = read_manifest(documents, name, version, max_bytes=info.length)
     try:
         info.verify_length_and_hashes(raw)

@@ -12,7 +12,7 @@ all share the keys of the store's root.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal, TypeVar
@@ -28,6 +28,7 @@ from storage.references import TagEntry
 from storage.registry import Registry
 from storage.signing.expiry import check_clock, expiries, now, warnings_of
 from storage.signing.keys import SigningError
+from storage.signing.rollouts import rollout_target
 from storage.signing.root import newest_root
 from storage.stores.blob_store import BlobStore
 
@@ -133,22 +134,44 @@ def sign(
         SigningError: a key is missing, a tag would move back, the root has ended, or a clock is wrong.
         storage.StorageError: a version is not there, or the store refuses.
     """
-    tags, lives, moves = dict(tags or {}), lives or Lives(), tuple(moves)
+    wanted, entries = dict(tags or {}), tuple(moves)
+    named = set(versions)
+    taken = {manifest_key(name, version) for version in withdraw}
+
+    def change(before: dict[str, TargetFile]) -> dict[str, TargetFile]:
+        forward = _forward(name, wanted, before, backwards)
+        due = [entry for entry in entries if _is_due(name, entry, before, backwards)]
+        said = {**forward, **{entry.tag: entry.version for entry in due}}
+        added = _targets_of(store, name, named | set(said.values()), said)
+        for entry in due:
+            added[tag_target(name, entry.tag)].unrecognized_fields["custom"]["entry"] = entry.number
+        over = {path for tag, version in said.items() for path in _caught_up(name, tag, version, before)}
+        kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken | over)}
+        return {**kept, **added}
+
+    return amend(store, name, signers, change, afresh=afresh, lives=lives)
+
+
+def amend(
+    store: BlobStore,
+    name: str,
+    signers: Sequence[CryptoSigner],
+    change: Callable[[dict[str, TargetFile]], dict[str, TargetFile]],
+    *,
+    afresh: bool = False,
+    lives: Lives | None = None,
+) -> Signed:
+    """Make the next edition of what ``change`` makes of the targets of the newest one (of none, with ``afresh``).
+
+    Others may sign at the same time: then ``change`` is asked again, about theirs. Raises as ``sign`` does.
+    """
+    lives = lives or Lives()
     check_clock(store)
     keys = _Keys(_living_root(store), signers)
-    versions = set(versions)
-    taken = {manifest_key(name, version) for version in withdraw}
     edition = newest_edition(store, name)
     for _ in range(_ATTEMPTS):
         before = {} if afresh or not edition else _read_targets(store, name, edition, keys).targets
-        tags = _forward(name, tags, before, backwards)
-        due = [entry for entry in moves if _is_due(name, entry, before, backwards)]
-        said = {**tags, **{entry.tag: entry.version for entry in due}}
-        added = _targets_of(store, name, versions | set(said.values()), said)
-        for entry in due:
-            added[tag_target(name, entry.tag)].unrecognized_fields["custom"]["entry"] = entry.number
-        kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken)}
-        targets = Targets(edition + 1, expires=_from_now(lives.targets), targets={**kept, **added})
+        targets = Targets(edition + 1, expires=_from_now(lives.targets), targets=change(dict(before)))
         targets.unrecognized_fields[MODEL_FIELD] = name
         raw = keys.sign(Targets.type, Metadata(targets))
         edition += 1
@@ -221,6 +244,13 @@ def _is_due(name: str, entry: TagEntry, before: Mapping[str, TargetFile], backwa
         return bool(number < entry.number)
     allowed = backwards if entry.move in ("forward", "adopted") else "allow"
     return bool(_forward(name, {entry.tag: entry.version}, before, allowed))
+
+
+def _caught_up(name: str, tag: str, version: int, before: Mapping[str, TargetFile]) -> list[str]:
+    """Return the rollouts that a tag's move ends, for it names their version or a later one."""
+    whole = rollout_target(name, tag)
+    rollouts = [path for path in before if path == whole or path.startswith(f"{whole}/")]
+    return [path for path in rollouts if before[path].custom["version"] <= version]
 
 
 def _targets_of(store: BlobStore, name: str, versions: set[int], tags: Mapping[str, int]) -> dict[str, TargetFile]:

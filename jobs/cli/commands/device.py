@@ -35,6 +35,19 @@ Trust = Annotated[
 ]
 Rate = Annotated[int | None, typer.Option("--max-rate", min=1, help="Bytes a second, at most.")]
 
+DeviceId = Annotated[
+    str | None,
+    typer.Option(
+        "--device-id",
+        envvar="NESTQUANT_DEVICE_ID",
+        help="Who this device is to rollouts, the machine's id by default; it is sent to nobody.",
+    ),
+]
+Cohorts = Annotated[
+    list[str] | None,
+    typer.Option("--cohort", envvar="NESTQUANT_COHORTS", help="A cohort of this device, for rollouts. Repeatable."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -57,6 +70,8 @@ def pull(
     trust: Trust = None,
     allow_unsigned: AllowUnsigned = False,
     replace_signed: ReplaceSigned = False,
+    device_id: DeviceId = None,
+    cohort: Cohorts = None,
     max_rate: Rate = None,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +86,8 @@ def pull(
         unsigned=allow_unsigned,
         replace_signed=replace_signed,
         root=_root_of_trust(trust),
+        device_id=device_id or _machine_id(),
+        cohorts=frozenset(cohort or ()),
         max_rate=max_rate,
         quiet=as_json,
     )
@@ -165,6 +182,8 @@ def _device(
     unsigned: bool = False,
     replace_signed: bool = False,
     root: bytes | None = None,
+    device_id: str | None = None,
+    cohorts: frozenset[str] = frozenset(),
     max_rate: int | None = None,
     quiet: bool = True,
 ) -> Device:
@@ -176,6 +195,8 @@ def _device(
         unsigned=unsigned,
         replace_signed=replace_signed,
         root_of_trust=root,
+        device_id=device_id,
+        cohorts=cohorts,
         pace=Pace(max_rate) if max_rate else Pace(),
         on_event=(lambda _: None) if quiet else _Progress(),
     )
@@ -190,6 +211,14 @@ def _root_of_trust(path: Path | None) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise Untrusted(f"--trust {path}: {error.strerror}; 'nestquant keys init' writes a root of trust.") from error
+
+
+def _machine_id() -> str | None:
+    """Return the id that systemd gave this machine, None where it has none (machine-id(5))."""
+    try:
+        return Path("/etc/machine-id").read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 class _Progress:
