@@ -309,6 +309,22 @@ def _announce(store: BlobStore, name: str, edition: int, keys: _Keys, lives: Liv
         edition += 1  # our timestamp may have overtaken that of a faster signer: name the newest again
 
 
+def lasting_timestamp(store: BlobStore, name: str, signers: Sequence[CryptoSigner], life: timedelta) -> bytes:
+    """Return a timestamp that holds for ``life``, for a bundle that travels; the store gets a fresh one of its own.
+
+    Its version is one below the store's, so that a device which took the bundle takes the store's word again later.
+    Needs the online key. Raises ``SigningError``.
+    """
+    refresh(store, name, signers)
+    keys = _Keys(_living_root(store), signers)
+    raw = store.get(trust_key(name, "timestamp"), max_bytes=MAX_TIMESTAMP_BYTES)
+    fresh: Metadata[Timestamp] = keys.check(Timestamp.type, raw, name)
+    fresh.signed.version -= 1
+    fresh.signed.expires = _from_now(life)
+    fresh.signatures.clear()
+    return keys.sign(Timestamp.type, fresh)
+
+
 def _next_timestamp(store: BlobStore, name: str, keys: _Keys) -> int:
     """Return a version above the last: milliseconds since 1970, or one more than a clock that was ahead has left."""
     milliseconds = int(time.time() * 1000)

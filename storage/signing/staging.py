@@ -100,17 +100,18 @@ def finish(
 
     The store's own tag moves along, unless it is beyond that version already.
     """
-    version = _need(_newest_targets(store, name), name, tag, cohort).version
+    version = _need(newest_targets(store, name), name, tag, cohort).version
     entry = Registry(store).tag_forward(name, tag, version)
     return sign(store, name, signers, tags={} if entry else {tag: version}, moves=[entry] if entry else [])
 
 
 def read_rollouts(store: BlobStore, name: str, tag: str = "latest") -> list[Rollout]:
     """Return the rollouts that the newest edition holds, signatures not verified: for a person to see."""
-    return list(rollouts_of(_newest_targets(store, name), name, tag))
+    return list(rollouts_of(newest_targets(store, name), name, tag))
 
 
-def _newest_targets(store: BlobStore, name: str) -> dict[str, TargetFile]:
+def newest_targets(store: BlobStore, name: str) -> dict[str, TargetFile]:
+    """Return what the newest edition vouches for, by path, signatures not verified. Raises ``SigningError``."""
     edition = newest_edition(store, name)
     if not edition:
         raise SigningError(f"{name}: nothing was signed yet; rollouts are signed, so sign a tag first")

@@ -12,6 +12,7 @@ from securesystemslib.signer import CryptoSigner
 
 from storage.signing.metadata import sign
 from storage.signing.root import create_root
+from storage.stores.local import LocalStore
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
 from tests.servers.s3_server import S3Server
@@ -49,6 +50,51 @@ def test_peak_memory(origin: Origin, tmp_path: Path, groups: int) -> None:
     assert received == sum(blob.size_bytes for blob in manifest.descriptors())
     assert (signed, whole, loaded) == (True, True, [])
     assert peak < (64 << 20) + 2 * SHARD_BYTES
+
+
+BUNDLED = """
+import json, re, sys, time
+sys.modules.update(boto3=None, botocore=None)
+from pathlib import Path
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+store, bundle, cache, root = map(Path, sys.argv[2:])
+start = time.monotonic()
+if sys.argv[1] == "write":
+    from storage.device.bundle import write_bundle
+    from storage.stores.local import LocalStore
+    written = write_bundle(LocalStore(store), "net", "1", bundle, level=None)
+    print(json.dumps([written.size_bytes, peak(), time.monotonic() - start]))
+else:
+    from storage.device import Device
+    from storage.device.bundle import BundleSource
+    device = Device(cache, BundleSource(bundle), root_of_trust=root.read_bytes())
+    moved = device.pull("net", "1", level=1)
+    took = time.monotonic() - start
+    print(json.dumps([moved.received_bytes if moved.signed and device.verify("net").whole else 0, peak(), took]))
+"""
+
+
+@pytest.mark.parametrize("groups", [4, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_bundle_is_written_and_pulled_in_less_memory_than_64_mib(tmp_path: Path, groups: int) -> None:
+    store, key = LocalStore(tmp_path / "store"), CryptoSigner.generate_ed25519()
+    anchor = create_root(store, [key], publishers=[key.public_key], online=[key.public_key])
+    manifest, _ = publish(store, groups=groups, shard_bytes=SHARD_BYTES)
+    sign(store, "net", [key], tags={"latest": 1})
+    (tmp_path / "root.json").write_bytes(anchor)
+    total = sum(blob.size_bytes for blob in manifest.descriptors())
+    for what in ("write", "pull"):
+        places = [str(tmp_path / name) for name in ("store", "usb.tar", "cache", "root.json")]
+        argv = [sys.executable, "-c", BUNDLED, what, *places]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        moved, peak, took_s = json.loads(done.stdout)
+        print(f"{what}: {moved} bytes in {took_s:.1f} s, peak {peak / 2**20:.1f} MiB")
+        assert peak < 64 << 20
+        if what == "write":
+            assert moved == (tmp_path / "usb.tar").stat().st_size > total
+        else:
+            assert moved == total
 
 
 STREAMED = """

@@ -11,19 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Json, Model, print_json, size, split_ref
+from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json, size, split_ref
 
 if TYPE_CHECKING:
     from storage.device import Device, Event, Moved
+    from storage.device import Source as DeviceSource
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A model in the device's folder.")]
 Source = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--store",
         envvar="NESTQUANT_STORE",
         help="Where to pull from: a folder, s3://..., or https://... (no keys on the device).",
     ),
+]
+Bundle = Annotated[
+    Path | None,
+    typer.Option("--from", help="A bundle ('nestquant bundle') to read in the place of a store; no network is asked."),
 ]
 Level = Annotated[int | None, typer.Option("--level", min=0, help="0 is part-bit, the highest is full-bit.")]
 AllowUnsigned = Annotated[bool, typer.Option("--allow-unsigned", help="Take the store's word for what a version is.")]
@@ -62,9 +67,13 @@ def register(app: typer.Typer) -> None:
 
 
 def pull(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME[@REF]", help="As everywhere; of a bundle it may be left out.", show_default=False),
+    ] = None,
     *,
-    source: Source,
+    source: Source = None,
+    bundle: Bundle = None,
     cache: Cache = DEFAULT_CACHE,
     level: Level = None,
     trust: Trust = None,
@@ -79,10 +88,11 @@ def pull(
 
     Goes on where an earlier pull stopped. Shards that are here already are hashed; damaged ones come anew.
     """
-    name, ref = split_ref(model)
+    opened = _open_source(source, bundle)
+    name, ref = _named_in(bundle, cache, model)
     device = _device(
         cache,
-        source,
+        opened,
         unsigned=allow_unsigned,
         replace_signed=replace_signed,
         root=_root_of_trust(trust),
@@ -97,7 +107,8 @@ def pull(
 def upgrade(
     name: Name,
     *,
-    source: Source,
+    source: Source = None,
+    bundle: Bundle = None,
     cache: Cache = DEFAULT_CACHE,
     level: Level = None,
     max_rate: Rate = None,
@@ -108,7 +119,7 @@ def upgrade(
     High shards never travel again, unless they are damaged.
     """
     # The manifest was trusted when it was pulled, and every shard is checked against it: nothing new is trusted here.
-    device = _device(cache, source, max_rate=max_rate, quiet=as_json)
+    device = _device(cache, _open_source(source, bundle), max_rate=max_rate, quiet=as_json)
     _report(device, device.upgrade(name, level), as_json=as_json)
 
 
@@ -177,7 +188,7 @@ def remove(name: Name, *, cache: Cache = DEFAULT_CACHE, as_json: Json = False) -
 
 def _device(
     cache: Path,
-    source: str | None = None,
+    source: DeviceSource | None = None,
     *,
     unsigned: bool = False,
     replace_signed: bool = False,
@@ -187,11 +198,11 @@ def _device(
     max_rate: int | None = None,
     quiet: bool = True,
 ) -> Device:
-    from storage.device import Device, Pace, open_source
+    from storage.device import Device, Pace
 
     return Device(
         cache,
-        None if source is None else open_source(source),
+        source,
         unsigned=unsigned,
         replace_signed=replace_signed,
         root_of_trust=root,
@@ -200,6 +211,45 @@ def _device(
         pace=Pace(max_rate) if max_rate else Pace(),
         on_event=(lambda _: None) if quiet else _Progress(),
     )
+
+
+def _open_source(store: str | None, bundle: Path | None) -> DeviceSource:
+    from storage.device import open_source
+    from storage.device.bundle import BundleSource
+
+    if bundle is not None:
+        return BundleSource(bundle)
+    if store is None:
+        raise typer.BadParameter("Missing option '--store': a folder, s3://... or https://...; or --from a bundle.")
+    return open_source(store)
+
+
+def _named_in(bundle: Path | None, cache: Path, model: str | None) -> tuple[str, str]:
+    """Return name and reference to pull: where a bundle is read and nothing else is said, what it says that it holds.
+
+    Then it takes no device back: going back to an earlier version is said by its number.
+    """
+    from storage.device import Device
+    from storage.device.bundle import BundleSource
+    from storage.device.errors import Untrusted
+
+    if bundle is None:
+        if model is None:
+            raise typer.BadParameter("Missing argument 'NAME[@REF]'.")
+        return split_ref(model)
+    held = BundleSource(bundle).contents()
+    name, at, ref = (model or held.name).partition("@")
+    if name != held.name:
+        raise typer.BadParameter(f"{bundle} holds {held.name}, not {name}.")
+    if at:
+        return name, ref or "latest"
+    current = Device(cache).status(name).state.current
+    if current is not None and current.version > held.version:
+        raise Untrusted(
+            f"{bundle} holds {name} version {held.version}, and version {current.version} is here; "
+            f"write {name}@{held.version} if going back is meant"
+        )
+    return name, str(held.version)
 
 
 def _root_of_trust(path: Path | None) -> bytes | None:

@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="ls", epilog="Example: nestquant ls --store ./store")(ls)
     app.command(epilog="Example: nestquant inspect resnet18@3 --store ./store")(inspect)
     app.command(epilog="Example: nestquant presign resnet18@3 --store s3://models --hours 24 -o index.json")(presign)
+    app.command(epilog="Example: nestquant bundle resnet18@3 --level full --store s3://models -o usb.tar")(bundle)
 
 
 def ls(*, store: Store, as_json: Json = False) -> None:
@@ -139,6 +140,53 @@ def presign(
     typer.echo(
         f"{out}: {len(keys)} URLs of {name} version {resolved.version}, for {hours:g} h: "
         f"nestquant pull {name}@{resolved.version} --store presigned:{out}"
+    )
+
+
+def bundle(
+    model: Model,
+    *,
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    level: Annotated[str, typer.Option(help="part, full, or a level's number: the shards to take along.")] = "part",
+    days: Annotated[
+        float | None, typer.Option(min=0.01, max=365, help="How long devices may believe it; wants the online key.")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="The online key, for --days: a PEM file, or env:NAME.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a version into one file, for devices without a network: nestquant pull --from FILE.
+
+    It is verified as it is online, and believed as long as what is signed: 7 days, or --days.
+    """
+    from datetime import timedelta
+
+    from jobs.stages.signing import load_keys
+    from storage.device.bundle import write_bundle
+    from storage.stores.uri import open_existing_store
+
+    name, ref = split_ref(model)
+    if level not in ("part", "full") and not level.isdecimal():
+        raise typer.BadParameter(f"--level {level!r}: expected part, full or a number.")
+    if (days is None) is not (key is None):
+        raise typer.BadParameter("--days and --key go together: the online key signs for how long it counts.")
+    opened, timestamp = open_existing_store(store), None
+    if days is not None:
+        from storage.signing.metadata import lasting_timestamp
+
+        timestamp = lasting_timestamp(opened, name, load_keys(key or ()), timedelta(days=days))
+    top = {"part": 0, "full": None}.get(level, int(level) if level.isdecimal() else 0)
+    written = write_bundle(opened, name, ref, out, level=top, timestamp=timestamp)
+    held = written.contents
+    if as_json:
+        print_json(held.model_dump(mode="json") | {"size_bytes": written.size_bytes, "signed": written.signed})
+        return
+    told = "signed" if written.signed else "unsigned"
+    typer.echo(
+        f"{out}: {name} version {held.version} up to level {held.level}, {told}, {size(written.size_bytes)}: "
+        f"nestquant pull --from {out}"
     )
 
 
