@@ -88,8 +88,8 @@ def pull(
 
     Goes on where an earlier pull stopped. Shards that are here already are hashed; damaged ones come anew.
     """
-    opened = _open_source(source, bundle)
     name, ref = _named_in(bundle, cache, model)
+    opened = _open_source(source, bundle)
     device = _device(
         cache,
         opened,
