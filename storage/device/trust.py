@@ -116,7 +116,10 @@ class Trust:
         pinned = self.folder / "anchor.json"
         if not is_file(pinned):
             if self.anchor is None:
-                raise Untrusted(f"{self.root} has no root of trust; give one (--trust root.json)")
+                raise Untrusted(
+                    f"{self.root} has no root of trust; give one (--trust root.json), "
+                    "or take what nobody signed (--allow-unsigned)"
+                )
             _check_anchor(self.anchor)
             make_folder(self.root, self.folder)
             replace_file(pinned, self.anchor)

@@ -61,6 +61,10 @@ def open_store(uri: str | Path) -> BlobStore:
             raise BadStoreURI(
                 f"store {text!r}: file:// wants three slashes before an absolute path; write 'file:///{parts.netloc}{parts.path}'"
             )
+        if not parts.path:
+            raise BadStoreURI(
+                f"store {text!r}: no path behind 'file://'; write file:///path, or . for the folder you are in"
+            )
         return _open_folder(text, unquote(parts.path))
     raise BadStoreURI(f"store {text!r}: unknown scheme {parts.scheme!r}{_nearest(parts.scheme, _SCHEMES)}")
 

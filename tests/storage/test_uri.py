@@ -131,6 +131,8 @@ def test_s3_options_reach_the_client() -> None:
         ("s3://bucket?read_timeout_s=inf", "expected a number above 0"),
         ("s3://bucket#x", "'#' is not part of"),
         ("memory://x?region=a", "memory:// takes no parameters"),
+        ("file://", "no path behind 'file://'; write file:///path, or . for the folder"),
+        ("file://localhost", "no path behind 'file://'"),
         ("file://relative/path", "write 'file:///relative/path'"),
     ],
 )
