@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 
+# make demo TOY=1: a small CNN on digits, trained here. make demo PHOTOS=folder: the real network on photographs of yours.
+TOY ?=
+PHOTOS ?=
 # make demo WEIGHTS=... MODEL=... DATA=...: the same on real weights
 WEIGHTS ?=
 MODEL ?=
@@ -18,7 +21,7 @@ PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
 .PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
 
 help:
-	@echo "make demo       train a small CNN, quantize, publish, pull it as a device (WEIGHTS= MODEL= DATA= for real weights)"
+	@echo "make demo       quantize an ImageNet network, publish, pull and switch it as a device (PHOTOS=, TOY=1, WEIGHTS= MODEL= DATA=)"
 	@echo "make test       lint, types, imports, tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       a minute of coverage-guided fuzzing"
@@ -28,15 +31,17 @@ help:
 	@echo "make sweep      every architecture of timm and pytorchcv through a job, smallest of each family first (MINUTES=60)"
 	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
 
+# Compiled to byte code at once: uv leaves that to the first import, and where PYTHONDONTWRITEBYTECODE is set to every one.
 $(BIN)/.ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; say make PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@echo "installing into $(VENV): torch, ray, timm and what they need (2 GB, a minute or so)"
+	$(BIN)/uv pip install --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev]'
 	touch $@
 
 demo: $(BIN)/.ready
-	$(BIN)/python -m jobs.cli.demo --weights '$(WEIGHTS)' --library '$(LIBRARY)' --model '$(MODEL)' --data '$(DATA)' --calibration '$(CALIBRATION)' --bits '$(BITS)'
+	$(BIN)/python -m jobs.cli.demo --toy '$(TOY)' --photographs '$(PHOTOS)' --weights '$(WEIGHTS)' --library '$(LIBRARY)' --model '$(MODEL)' --data '$(DATA)' --calibration '$(CALIBRATION)' --bits '$(BITS)'
 
 test: $(BIN)/.ready lint
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
@@ -55,7 +60,8 @@ test-gpu: $(BIN)/.ready
 
 # Coverage-guided fuzzing of everything that a device parses; a minute, bounded memory.
 fuzz: $(BIN)/.ready
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev,fuzz]'
+	@echo "installing into $(VENV): torch, ray, timm and what they need (2 GB, a minute or so)"
+	$(BIN)/uv pip install --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,fuzz]'
 	$(BIN)/python -m tests.fuzz.run -max_total_time=60 -rss_limit_mb=2048 -timeout=10
 
 bench: $(BIN)/.ready

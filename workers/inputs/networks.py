@@ -203,3 +203,11 @@ def _sides(size: Any) -> tuple[int, int]:
 def _square(sides: tuple[int, int]) -> int | tuple[int, int]:
     """Return one number for a square, as specs and manifests have it."""
     return sides[0] if sides[0] == sides[1] else sides
+
+
+def imagenet_names() -> list[str]:
+    """Return the 1,000 class names of ImageNet in the order of the classes, each without its synonyms."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return [str(info.index_to_description(index)).split(",")[0] for index in range(info.num_classes())]
