@@ -82,12 +82,8 @@ def write_bundle(
         raise DeviceError(f"{name} version {found.version} has levels 0 to {levels - 1}, not {level}")
     top = levels - 1 if level is None else level
     contents = Contents(name=name, version=found.version, digest=found.digest, level=top)
-    documents = _signed_documents(store, name, found, timestamp)
-    signed = bool(documents)
-    for tag, version in registry.tags(name).items():
-        if version == found.version:
-            documents.append((tag_key(name, tag), canonical_json(registry.read_tag(name, tag))))
-    documents.append((manifest_key(name, found.version), found.raw))
+    signed_documents = _signed_documents(store, name, found, timestamp)
+    documents = signed_documents + _plain_documents(registry, name, found)
     part = out.with_name(f"{out.name}.part")
     with disk_errors(str(out)):
         try:
@@ -105,7 +101,21 @@ def write_bundle(
             part.replace(out)
         finally:
             part.unlink(missing_ok=True)
-    return Written(contents, size_bytes, signed)
+    return Written(contents, size_bytes, bool(signed_documents))
+
+
+def documents_of(store: BlobStore, name: str, found: Resolved) -> list[tuple[str, bytes]]:
+    """Return keys and bytes of all that a device reads of a version before its blobs.
+
+    Those that are signed, the tags that name it, the manifest. Raises as ``write_bundle`` does.
+    """
+    return _signed_documents(store, name, found, None) + _plain_documents(Registry(store), name, found)
+
+
+def _plain_documents(registry: Registry, name: str, found: Resolved) -> list[tuple[str, bytes]]:
+    tags = [tag for tag, version in registry.tags(name).items() if version == found.version]
+    documents = [(tag_key(name, tag), canonical_json(registry.read_tag(name, tag))) for tag in tags]
+    return [*documents, (manifest_key(name, found.version), found.raw)]
 
 
 def _signed_documents(store: BlobStore, name: str, found: Resolved, timestamp: bytes | None) -> list[tuple[str, bytes]]:

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +136,29 @@ def _pytorchcv(arch: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Mod
         raise ModelError(f"pytorchcv has no model {arch!r}.{nearest(arch, _models)}")
     model: nn.Module = get_model(arch, pretrained=pretrained, **kwargs)
     return model
+
+
+def hub_config(model: nn.Module, preprocessing: Preprocessing, folder: Path) -> None:
+    """Write timm's ``config.json`` for a network of its own into a folder: what the HF hub and timm build it from.
+
+    Raises:
+        ModelError: timm cannot say how the network is built.
+    """
+    from timm.models._hub import save_config_for_hf  # timm exports the upload alone, which writes it by this
+
+    crop, cover = preprocessing.input_shape[1:], preprocessing.cover
+    data = {
+        "input_size": preprocessing.input_shape,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "interpolation": preprocessing.interpolation,
+        "crop_pct": 1.0 if cover is None else min(crop) / min(cover),
+        "crop_mode": "center",
+    }
+    try:
+        save_config_for_hf(model, str(folder / "config.json"), data_config=data)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"timm cannot write a configuration of this network: {one_line(error)}.") from error
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

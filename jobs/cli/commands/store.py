@@ -17,6 +17,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: nestquant inspect resnet18@3 --store ./store")(inspect)
     app.command(epilog="Example: nestquant presign resnet18@3 --store s3://models --hours 24 -o index.json")(presign)
     app.command(epilog="Example: nestquant bundle resnet18@3 --level full --store s3://models -o usb.tar")(bundle)
+    app.command(name="export-hf", epilog="Example: nestquant export-hf resnet18@3 ./resnet18 --store s3://models")(
+        export_folder
+    )
 
 
 def ls(*, store: Store, as_json: Json = False) -> None:
@@ -187,6 +190,29 @@ def bundle(
     typer.echo(
         f"{out}: {name} version {held.version} up to level {held.level}, {told}, {size(written.size_bytes)}: "
         f"nestquant pull --from {out}"
+    )
+
+
+def export_folder(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is empty, or not there.")],
+    *,
+    store: Store,
+    as_json: Json = False,
+) -> None:
+    """Write a version as a folder for the HF hub: card, configuration, float weights of every level, and the shards."""
+    from jobs.hub import export_hf
+    from storage.stores.uri import open_existing_store
+
+    manifest = export_hf(open_existing_store(store), *split_ref(model), folder)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    total = sum((folder / path).stat().st_size for path in files)
+    if as_json:
+        print_json({"name": manifest.name, "version": manifest.version, "files": files, "size_bytes": total})
+        return
+    typer.echo(
+        f"{folder}: {manifest.name} version {manifest.version}, {len(files)} files, {size(total)}: "
+        f"hf upload ORGANISATION/{manifest.name} {folder}"
     )
 
 
