@@ -18,7 +18,7 @@ BITS ?= [8,4]
 # Other quantizers that ours is measured beside, each in an environment of its own.
 PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
 
-.PHONY: demo test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
+.PHONY: demo docs test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
 
 help:
 	@echo "make demo       quantize an ImageNet network, publish, pull and switch it as a device (PHOTOS=, TOY=1, WEIGHTS= MODEL= DATA=)"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz       a minute of coverage-guided fuzzing"
 	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
 	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
+	@echo "make docs       the documentation site, strictly, into build/site"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
 	@echo "make sweep      every architecture of timm and pytorchcv through a job, smallest of each family first (MINUTES=60)"
 	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
@@ -63,6 +64,12 @@ fuzz: $(BIN)/.ready
 	@echo "installing into $(VENV): torch, ray, timm and what they need (2 GB, a minute or so)"
 	$(BIN)/uv pip install --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,fuzz]'
 	$(BIN)/python -m tests.fuzz.run -max_total_time=60 -rss_limit_mb=2048 -timeout=10
+
+# Strict: a link that leads nowhere, or a name that the code lacks, fails. NO_MKDOCS_2_WARNING: its notice is not ours.
+docs: $(BIN)/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	$(BIN)/python -m tests.site build/site
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.bench_rounding

@@ -1,13 +1,10 @@
-"""The one contract that all stores keep.
-
-Named, immutable-looking byte strings with create-only and compare-and-swap writes.
+"""The one contract that all stores keep: bytes under names, with writes that create only, or compare and swap.
 
 What a caller may rely on, whatever the store:
 
 * ``put`` is atomic: a reader sees the whole object or none, never a part.
 * ``put(mode="create")`` succeeds for at most one of any number of writers, and raises `AlreadyExists` for the others.
-An S3 server may break
-  this promise; `storage.stores.doctor` finds out.
+  An S3 server may break this promise; `storage.stores.doctor` finds out.
 * After `StoreUnavailable` or `WriteConflict` a write may or may not have landed: read back.
 * ``list`` may lag behind on a bad store. Nothing on the way of publishing or pulling depends on it.
 """

@@ -59,7 +59,7 @@ def test_the_demo_is_never_silent_on_a_terminal(words: list[str], tmp_path: Path
     if pid == 0:
         os.chdir(tmp_path)
         root = str(Path(__file__).resolve().parents[2])
-        os.execve(  # noqa: S606
+        os.execve(
             sys.executable,
             [sys.executable, "-m", "jobs.cli.demo", *words],
             {**os.environ, "PYTHONPATH": root, "COLUMNS": "100", "TERM": "xterm-256color"},
