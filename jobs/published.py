@@ -10,11 +10,10 @@ from storage.device import Device, StoreSource
 from storage.manifest import Manifest
 from storage.stores.uri import open_store
 from workers import runtime
-from workers.evaluate import top1
 from workers.inputs import networks
 from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
-from workers.measure import Measured
+from workers.measure import Measured, measure_mode
 from workers.scratch import scratch
 
 
@@ -72,22 +71,16 @@ def measure_published(
         for done, (level, quantized) in enumerate(modes):
             listen(Event("progress", "evaluate", done=done, total=len(modes)))
             model.to_level(level)
-            model.quantize_activations(enabled=quantized)
-            resident = model.resident_bytes()
-            model.set_residency("expanded")
-            images.skipped.clear()
-            accuracy = top1(model.network, images, preprocessing, batch_size=batch_size, limit=limit)
-            model.set_residency("packed")
             measured.append(
-                Measured(
+                measure_mode(
+                    model,
+                    images,
+                    preprocessing,
                     mode=level_name(level, manifest.level_count()),
-                    level=level,
                     activations=quantized,
-                    correct=accuracy.correct,
-                    total=accuracy.total,
-                    skipped=tuple(images.skipped),
-                    resident_bytes=resident,
-                    seconds=accuracy.seconds,
+                    name=f"{manifest.name} version {manifest.version}",
+                    batch_size=batch_size,
+                    limit=limit,
                 )
             )
         listen(Event("finished", "evaluate"))

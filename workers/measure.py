@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from torch import nn
+
 from storage.device import Device, StoreSource
 from storage.manifest import Record
 from storage.stores.uri import open_store
@@ -12,7 +14,7 @@ from workers import runtime
 from workers.errors import DataError
 from workers.evaluate import Accuracy, chance_fault, top1
 from workers.inputs.checkpoint import open_network
-from workers.inputs.images import fetch_images
+from workers.inputs.images import ImageSet, fetch_images
 from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
@@ -65,27 +67,70 @@ def measure(task: MeasureTask) -> Measured:
         WorkError: the images or the version cannot be read, the answers are not finite, or those of the float network
             are chance.
     """
-    begin = time.perf_counter()
     with scratch("measure") as folder:
-        resident: int | None = None
-        if task.level is None:
-            network = open_network(task.network)
-        else:
-            nested = _nested(task, folder)
-            nested.quantize_activations(enabled=task.activations)
-            resident, network = nested.resident_bytes(), nested.network
-            # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
-            nested.set_residency("expanded")
+        nested = None if task.level is None else _nested(task, folder)
+        network = open_network(task.network) if nested is None else nested.network
         images = fetch_images(task.data, folder)
-        preprocessing = Preprocessing.from_record(task.network.preprocessing)
-        name = f"{task.network.library} {task.network.arch} ({task.mode})"
-        accuracy = top1(network, images, preprocessing, batch_size=task.batch_size, limit=task.limit, name=name)
-        if task.level is None and task.refuse_chance and accuracy.is_chance:
-            raise DataError(chance_fault(accuracy, images))
+        measured = measure_mode(
+            nested or network,
+            images,
+            Preprocessing.from_record(task.network.preprocessing),
+            mode=task.mode,
+            activations=task.activations,
+            name=f"{task.network.library} {task.network.arch} ({task.mode})",
+            batch_size=task.batch_size,
+            limit=task.limit,
+        )
+        if task.level is None and task.refuse_chance and measured.accuracy.is_chance:
+            raise DataError(chance_fault(measured.accuracy, images))
+    return measured
+
+
+def measure_mode(
+    model: runtime.NestedModel | nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    *,
+    mode: str,
+    activations: bool,
+    name: str,
+    batch_size: int,
+    limit: int | None,
+) -> Measured:
+    """Measure a network as it stands, a nested one at its present level; its residency is packed again afterwards.
+
+    Args:
+        model: a nested model, or a float network.
+        images: labelled images; what they skip is counted anew.
+        preprocessing: from an image to the network's input.
+        mode: the word for it in results.
+        activations: quantize activations of a nested model too.
+        name: what messages call the network.
+        batch_size: images in one forward pass.
+        limit: use the first so many images.
+
+    Raises:
+        WorkError: the images cannot be read, or answers are not finite.
+    """
+    begin = time.perf_counter()
+    images.skipped.clear()
+    nested = model if isinstance(model, runtime.NestedModel) else None
+    network = model.network if isinstance(model, runtime.NestedModel) else model
+    resident: int | None = None
+    if nested is not None:
+        nested.quantize_activations(enabled=activations)
+        resident = nested.resident_bytes()
+        # Accuracy does not depend on residency (tested), and a measurement runs each layer hundreds of times.
+        nested.set_residency("expanded")
+    try:
+        accuracy = top1(network, images, preprocessing, batch_size=batch_size, limit=limit, name=name)
+    finally:
+        if nested is not None:
+            nested.set_residency("packed")
     return Measured(
-        mode=task.mode,
-        level=task.level,
-        activations=task.activations,
+        mode=mode,
+        level=None if nested is None else nested.level,
+        activations=activations,
         correct=accuracy.correct,
         total=accuracy.total,
         skipped=tuple(images.skipped),
