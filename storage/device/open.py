@@ -1,4 +1,4 @@
-"""From a URI to a source: a store's URI, ``https://...``, or ``presigned:`` before the path or address of an index."""
+"""From a URI to a source: a store's URI, ``https://...``, ``oci://...``, or ``presigned:`` before an index."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def open_source(uri: str | Path, *, client: HttpClient | None = None) -> Source:
     text, client = str(uri), client or HttpClient()
     if text.startswith(("https://", "http://")):
         return HttpSource(text, client)
+    if text.startswith("oci://"):
+        from storage.device.oci import OciSource, Place
+
+        return OciSource(Place.parse(text), client)
     if text.startswith("presigned:"):
         return PresignedSource(UrlIndex(lambda: _read_index(text.removeprefix("presigned:"), client)), client)
     store = open_store(uri)

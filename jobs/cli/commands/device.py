@@ -23,7 +23,7 @@ Source = Annotated[
     typer.Option(
         "--store",
         envvar="NESTQUANT_STORE",
-        help="Where to pull from: a folder, s3://..., or https://... (no keys on the device).",
+        help="Where to pull from: a folder, s3://..., https://... or oci://... (no keys on the device).",
     ),
 ]
 Bundle = Annotated[

@@ -17,6 +17,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: nestquant inspect resnet18@3 --store ./store")(inspect)
     app.command(epilog="Example: nestquant presign resnet18@3 --store s3://models --hours 24 -o index.json")(presign)
     app.command(epilog="Example: nestquant bundle resnet18@3 --level full --store s3://models -o usb.tar")(bundle)
+    app.command(epilog="Example: nestquant push resnet18@3 oci://registry.example/vision/resnet18 --store s3://models")(
+        push
+    )
     app.command(name="export-hf", epilog="Example: nestquant export-hf resnet18@3 ./resnet18 --store s3://models")(
         export_folder
     )
@@ -190,6 +193,33 @@ def bundle(
     typer.echo(
         f"{out}: {name} version {held.version} up to level {held.level}, {told}, {size(written.size_bytes)}: "
         f"nestquant pull --from {out}"
+    )
+
+
+def push(
+    model: Model,
+    registry: Annotated[str, typer.Argument(metavar="OCI", help="oci://host/repository[:tag]; the tag is latest.")],
+    *,
+    store: Store,
+    as_json: Json = False,
+) -> None:
+    """Push a version to an OCI registry, with what is signed of it: nestquant pull NAME@N --store oci://...
+
+    It is tagged with its number and with the tag given. Needs the extra 'oci'; credentials are those of docker login.
+    """
+    from dataclasses import asdict
+
+    from storage.device.oci import push as push_version
+    from storage.stores.uri import open_existing_store
+
+    name, ref = split_ref(model)
+    pushed = push_version(open_existing_store(store), name, ref, registry)
+    if as_json:
+        print_json(asdict(pushed))
+        return
+    typer.echo(
+        f"{registry}: {name} version {pushed.version}, tags {', '.join(pushed.tags)}, {pushed.digest}: "
+        f"{size(pushed.sent_bytes)} of {size(pushed.size_bytes)} sent."
     )
 
 
