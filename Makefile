@@ -18,7 +18,7 @@ BITS ?= [8,4]
 # Other quantizers that ours is measured beside, each in an environment of its own.
 PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
 
-.PHONY: demo docs test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
+.PHONY: demo dist docs wheels test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
 
 help:
 	@echo "make demo       quantize an ImageNet network, publish, pull and switch it as a device (PHOTOS=, TOY=1, WEIGHTS= MODEL= DATA=)"
@@ -28,6 +28,7 @@ help:
 	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
 	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
 	@echo "make docs       the documentation site, strictly, into build/site"
+	@echo "make dist       wheel and sdist, installed into empty environments and tried; make wheels: are there wheels everywhere?"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
 	@echo "make sweep      every architecture of timm and pytorchcv through a job, smallest of each family first (MINUTES=60)"
 	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
@@ -70,6 +71,16 @@ docs: $(BIN)/.ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	$(BIN)/python -m tests.site build/site
+
+# Wheel and sdist, each installed into an empty environment, where the tutorial runs.
+dist: $(BIN)/.ready
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/python -m tests.release dist dist
+
+# Does the resolver find wheels of everything pinned, for Python 3.11 to 3.14 on x86-64 and aarch64?
+wheels: $(BIN)/.ready
+	$(BIN)/python -m tests.release wheels
 
 bench: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.bench_rounding

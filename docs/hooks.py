@@ -74,6 +74,8 @@ def models(annotation: Any) -> Iterator[type[BaseModel]]:
 def kind(field: FieldInfo) -> str:
     """Return a field's type as people read it, with its limits."""
     annotation = field.annotation
+    if any(models(annotation)):
+        return "a section, below"
     text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     for module in ("typing.", "pathlib.", "collections.abc.", "jobs.spec.job.", "jobs.spec.model.", "jobs.spec.zoo."):
         text = text.replace(module, "")
@@ -85,7 +87,7 @@ def default(field: FieldInfo) -> str:
     """Return what a key is where the spec leaves it out."""
     if field.is_required():
         return "(needed)"
-    if field.default_factory is not None:
+    if field.default_factory is not None or isinstance(field.default, BaseModel):
         return "(its own defaults)"
     return repr(field.default)
 

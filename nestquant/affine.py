@@ -52,7 +52,8 @@ def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme, steps: int | No
     ``steps``: how many steps of the grid a channel's range takes (asymmetric), or the larger of its two sides
     (symmetric); all that there are by default. Fewer leave room at the top.
 
-    Raises ValueError for NaN or infinite weights, no elements, or fewer than two dimensions.
+    Raises:
+        ValueError: NaN or infinite weights, no elements, or fewer than two dimensions.
     """
     flat = _rows(weight)
     if scheme == "symmetric":

@@ -40,7 +40,8 @@ def calibrate_weight(
     ``moments[k]`` are those of the network that runs at level ``k``. The result depends on nothing else, but BLAS adds
     in another order on another kind of machine, and a tie may fall the other way there.
 
-    Raises ValueError for NaN or infinite weights or moments, or moments of another layer.
+    Raises:
+        ValueError: NaN or infinite weights or moments, or moments of another layer.
     """
     if len(moments) != config.level_count:
         raise ValueError(f"{config.level_count} levels need as many moments; got {len(moments)}")

@@ -25,8 +25,8 @@ def error_feedback_round(x: Tensor, *, second: Tensor, low: Tensor, high: Tensor
     The inputs are taken one by one, the strongest first, for all output channels at once. Output channels do not know
     of each other, so a split of them changes nothing but the last bits of a sum.
 
-    Raises ValueError where shapes do not fit, or ``second`` is not finite.
-
+    Raises:
+        ValueError: Shapes do not fit, or ``second`` is not finite.
     """
     groups, _, inputs = x.shape
     if second.shape != (groups, inputs, inputs):

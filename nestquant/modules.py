@@ -143,8 +143,11 @@ def from_packed(
 
     ``biases``: what each level adds to the layer's bias, float16 ``[levels, O]``. ``module`` may be on the ``meta``
     device: only its class, attributes and the shape of its weight count. It is not changed; bias and submodules are
-    shared with it. Raises TypeError for a layer that cannot be nested, ValueError where the parts do not fit its
-    weight, or biases stand beside a weight that is not the layer's only one.
+    shared with it.
+
+    Raises:
+        TypeError: A layer that cannot be nested.
+        ValueError: The parts do not fit its weight, or biases stand beside a weight that is not the layer's only one.
     """
     kind, parameter = kind_of(module) or (None, "")
     weight = module._parameters.get(parameter)
@@ -198,8 +201,11 @@ def page_in(model: nn.Module, parts: Mapping[str, Packed]) -> None:
     """Page the next level of the named layers in: all of them, or none where one part is refused.
 
     ``parts``: by layer name, the packed bytes. Layers that are not named stay at their level, so shards can be paged in
-    as they arrive. Raises KeyError for a name without a nested layer, ValueError naming the layer whose part does not
-    fit.
+    as they arrive.
+
+    Raises:
+        KeyError: A name without a nested layer.
+        ValueError: A part does not fit its layer, which is named.
     """
     layers = nested_layers(model)
     if unknown := sorted(parts.keys() - layers.keys()):
@@ -226,7 +232,8 @@ def page_out(model: nn.Module) -> None:
 def set_level(model: nn.Module, level: int | None) -> None:
     """Run every nested layer at ``level`` (None: at its highest present).
 
-    Raises ValueError, and changes nothing, where a layer lacks the level.
+    Raises:
+        ValueError: A layer lacks the level; nothing is changed then.
     """
     layers = nested_layers(model)
     for name, layer in layers.items():

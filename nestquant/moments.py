@@ -94,7 +94,9 @@ def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
 
     ``K`` is the number of inputs of one output channel (input channels of a group times kernel elements, in the order
     of the flattened weight). At most ``POSITIONS`` of each image count, the same ones in every image of one size.
-    Raises TypeError for a layer of which `has_columns` is false.
+
+    Raises:
+        TypeError: A layer of which `has_columns` is false.
     """
     if not has_columns(module):
         raise TypeError(f"no way to read the inputs of {type(module).__name__}")

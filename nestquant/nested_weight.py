@@ -53,7 +53,8 @@ class NestedWeight(nn.Module):
 
         ``biases``: what each level adds to the layer's bias, float16 ``[levels, O]``.
 
-        Raises ValueError where bits, qparams, parts, shape and biases do not fit together.
+        Raises:
+            ValueError: Bits, qparams, parts, shape and biases do not fit together.
         """
         super().__init__()
         check_bits(bits)
@@ -132,8 +133,9 @@ class NestedWeight(nn.Module):
     def check_next(self, packed: Packed) -> Tensor:
         """Return the next level's bytes as a tensor of its own memory, after checking them against the levels present.
 
-        Raises ValueError for a level too many, a wrong length, padding that is not zero, or integers that leave their
-        grid together with the levels below, as a part of another version would.
+        Raises:
+            ValueError: A level too many, a wrong length, padding that is not zero, or integers that leave their grid
+                together with the levels below, as a part of another version would.
         """
         level = self.level_count
         if level == len(self.bits):

@@ -46,9 +46,11 @@ def decompose(q: Tensor, bits: tuple[int, ...], *, rounding: Rounding = "adaptiv
 def recompose(parts: Sequence[Tensor], bits: tuple[int, ...]) -> Tensor:
     """Return the integers on the grid of the highest level in ``parts`` (level 0 first): int8, the shape of each part.
 
-    With all the levels this is ``q`` again, exactly; with fewer, the integer of that coarser grid. Raises ValueError
-    where the parts are none or too many, differ in shape, or add up to integers beyond their grid, as parts of
-    different versions would.
+    With all the levels this is ``q`` again, exactly; with fewer, the integer of that coarser grid.
+
+    Raises:
+        ValueError: The parts are none or too many, differ in shape, or add up to integers beyond their grid, as parts
+            of different versions would.
     """
     check_bits(bits)
     if not 1 <= len(parts) <= len(bits):

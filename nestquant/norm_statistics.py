@@ -69,8 +69,10 @@ class NotFinite(ValueError):
 def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
     """Run the network on ``inputs`` ``[N, C, H, W]``, each BatchNorm by this batch's own statistics, and return them.
 
-    The network is left as it was. Raises NotFinite, naming the layer, where its inputs hold NaN or infinity; what the
-    network raises passes.
+    The network is left as it was. What it raises passes.
+
+    Raises:
+        NotFinite: Inputs of a layer, which is named, hold NaN or infinity.
     """
     layers = norm_layers(network)
     found: dict[str, NormSums] = {}

@@ -166,7 +166,8 @@ def activation_range(
     - ``sigma``: data-free, for one forward pass of any input: ``sigmas`` standard deviations wide (default
       ``SIGMAS``), from zero up or, signed, around zero.
 
-    Raises ValueError for an empty histogram or a bad setting.
+    Raises:
+        ValueError: An empty histogram or a bad setting.
     """
     if observer not in get_args(Observer):
         raise ValueError(f"observer must be one of {get_args(Observer)}; got {observer!r}")

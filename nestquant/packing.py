@@ -32,8 +32,9 @@ def packed_size(count: int, bits: int) -> int:
 def pack(values: ArrayLike, bits: int) -> NDArray[np.uint8]:
     """Return integers of any shape, each within ``bits`` signed bits, as ``uint8 [packed_size(N, bits)]``.
 
-    Raises ValueError for bits out of 1..8 and for a value out of range (it is named), TypeError for values that are
-    not integers.
+    Raises:
+        ValueError: Bits out of 1..8, or a value out of range, which is named.
+        TypeError: Values that are not integers.
     """
     _check_bits(bits)
     array = np.asarray(values)
@@ -60,8 +61,10 @@ def pack(values: ArrayLike, bits: int) -> NDArray[np.uint8]:
 def unpack(packed: NDArray[np.uint8], bits: int, shape: Sequence[int]) -> NDArray[np.int8]:
     """Return the int8 array of ``shape`` that ``pack`` made ``packed`` of.
 
-    Raises ValueError for bits out of 1..8, a negative dimension, a length that is not exactly ``packed_size``, or
-    padding bits that are not zero; TypeError where ``packed`` is not uint8.
+    Raises:
+        ValueError: Bits out of 1..8, a negative dimension, a length that is not exactly ``packed_size``, or padding
+            bits that are not zero.
+        TypeError: ``packed`` is not uint8.
     """
     _check_bits(bits)
     if any(size < 0 for size in shape):

@@ -52,7 +52,10 @@ def quantize_weight(weight: Tensor, config: NestConfig) -> QuantizedWeight:
     """Quantize a float weight ``[O, I, *kernel]``, output channel first, and split it into its levels.
 
     Each output channel is independent of the others: quantizing rows ``a:b`` alone gives rows ``a:b`` of the whole,
-    bit for bit. Raises ValueError for NaN or infinite weights or fewer than two dimensions.
+    bit for bit.
+
+    Raises:
+        ValueError: NaN or infinite weights or fewer than two dimensions.
     """
     qparams = choose_qparams(weight, bits=config.full_bits, scheme=config.scheme)
     qmin, qmax = signed_range(config.full_bits)

@@ -40,8 +40,9 @@ def adaptive_round(x: Tensor, *, qmin: int, qmax: int) -> Tensor:
     taken in float64 in flat order by one thread, on the CPU (a tensor elsewhere makes the round trip). Threads:
     ``torch.get_num_threads()``.
 
-    Raises ValueError for a bad shape, range or NaN; ImportError where numba is missing (extra ``service``).
-
+    Raises:
+        ValueError: A bad shape, range or NaN.
+        ImportError: ``numba`` is missing (extra ``service``).
     """
     _check(x, qmin, qmax)
     try:

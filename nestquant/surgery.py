@@ -165,7 +165,9 @@ def execution_order(model: nn.Module, example_input: Any) -> ExecutionOrder:
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the one called ``name``, under all the names that a shared one has.
 
-    Raises KeyError if there is none, ValueError for the root, which has no place to be put.
+    Raises:
+        KeyError: There is none.
+        ValueError: The root, which has no place to be put.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if name not in modules:

@@ -50,7 +50,8 @@ def synthetic_images(count: int, size: int, *, mean: Sequence[float], std: Seque
 
     The same arguments give the same images.
 
-    Raises ValueError where ``count`` or ``size`` is below 1, or ``mean`` and ``std`` differ in length.
+    Raises:
+        ValueError: ``count`` or ``size`` is below 1, or ``mean`` and ``std`` differ in length.
     """
     if count < 1 or size < 1 or len(mean) != len(std):
         raise ValueError(
