@@ -108,7 +108,13 @@ def command_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_HELP = "import os; os.environ.update(COLUMNS='100', TERMINAL_WIDTH='100'); from jobs.cli.start import main; main()"
+_HELP = """
+import os, sys
+os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100")
+sys.argv[0] = "nestquant"
+from jobs.cli.start import main
+main()
+"""
 
 
 def commands() -> Iterator[tuple[str, ...]]:
