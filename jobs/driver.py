@@ -10,7 +10,16 @@ from __future__ import annotations
 from jobs.events import Event, Listener, StageClock
 from jobs.result import REPORT, JobResult, WorkSummary, layer_qualities, stored_bits_per_weight
 from jobs.spec.job import JobSpec
-from jobs.stages import calibration, evaluation, publishing, quantization, reconstruction, sensitivity, synthesis
+from jobs.stages import (
+    calibration,
+    evaluation,
+    export,
+    publishing,
+    quantization,
+    reconstruction,
+    sensitivity,
+    synthesis,
+)
 from jobs.stages.job import Job, Stage
 from jobs.stages.preparation import prepare
 from storage.manifest import canonical_json
@@ -18,11 +27,13 @@ from workers.executor import Executor
 from workers.scratch import scratch
 
 STAGES: tuple[Stage, ...] = (
+    export.check,
     sensitivity.run,
     synthesis.run,
     calibration.run,
     reconstruction.run,
     quantization.run,
+    export.run,
     publishing.publish,
     publishing.pull_back,
     evaluation.run,

@@ -1,4 +1,6 @@
-"""Measure a version that is published, or pulled to a device already, without the job that made it."""
+"""What is done with a version that is published, or pulled already, without the job that made it: measure it, export it
+to an engine.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,14 @@ from pathlib import Path
 
 from jobs.events import Event, Listener
 from jobs.result import level_name
+from jobs.stages.publishing import EXPORT_TOOLS
+from jobs.versions import tool_versions
 from storage.device import Device, StoreSource
-from storage.manifest import Manifest
+from storage.manifest import Engine, Manifest
+from storage.registry import Published, Registry
 from storage.stores.uri import open_store
 from workers import runtime
+from workers.engines.export import ExportTask, RangeImages, export_version
 from workers.inputs import networks
 from workers.inputs.images import fetch_images
 from workers.inputs.networks import Preprocessing
@@ -85,3 +91,36 @@ def measure_published(
             )
         listen(Event("finished", "evaluate"))
     return manifest, tuple(measured)
+
+
+def export_published(
+    registry: Registry, name: str, ref: str, engine: Engine, *, images: RangeImages | None, tags: tuple[str, ...] = ()
+) -> Published:
+    """Publish a version once more, with what an engine runs it from; its shards are those that are there.
+
+    Args:
+        registry: the version's store.
+        name: the model's name.
+        ref: tag, number or digest.
+        engine: which engine; what the version holds for it already is made anew.
+        images: tell the ranges that the manifest does not hold; None leaves what needs them float.
+        tags: get the new version.
+
+    Raises:
+        WorkError, storage.StorageError: the engine cannot take a layer, or a blob is not there.
+    """
+    found = registry.resolve(name, ref).manifest
+    made = export_version(ExportTask(store_uri=registry.store.uri, engine=engine, manifest=found, images=images))
+    others = tuple(one for one in found.engines if one.engine != engine)
+    tools = {tool: version for tool, version in tool_versions(EXPORT_TOOLS).items() if tool != "python"}
+    draft = found.model_copy(
+        update={
+            "schema_version": 2,
+            "engines": (*others, made),
+            "tool_versions": found.tool_versions | tools,
+        }
+    )
+    published = registry.publish(draft, single_writer=found.single_writer)
+    for tag in tags:
+        registry.tag(name, tag, published.version)
+    return published

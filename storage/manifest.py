@@ -17,7 +17,16 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from storage.document import as_record, parse_json
 from storage.errors import InvalidManifest
@@ -39,9 +48,12 @@ LayerKind = Literal["conv1d", "conv2d", "conv_transpose2d", "linear"]
 Scheme = Literal["asymmetric", "symmetric"]
 Library = Literal["timm", "pytorchcv"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+Engine = Literal["onnx"]
 
 MEDIA_TYPE_SHARD = "application/vnd.nestquant.shard.v1+safetensors"
 MEDIA_TYPE_BASE = "application/vnd.nestquant.base.v1+safetensors"
+MEDIA_TYPE_ONNX_GRAPH = "application/vnd.nestquant.engine-graph.v1+onnx"
+MEDIA_TYPE_LAYOUT = "application/vnd.nestquant.engine-layout.v1+safetensors"
 
 
 class Record(BaseModel):
@@ -172,6 +184,19 @@ class CalibrationRecord(Record):
     observer: str
 
 
+class EngineRecord(Record):
+    """What an inference engine runs the version from: its graph, which holds no nested weight, and the layout that says
+    where the integers of each layer go in it (`storage.engine_layout`).
+
+    ``activations``: the graph quantizes activations by the manifest's ranges; without, weights alone are quantized.
+    """
+
+    engine: Engine
+    graph: Descriptor
+    layout: Descriptor
+    activations: bool = False
+
+
 class SizeRecord(Record):
     """Bytes by kind. ``weights`` counts quantized weights; ``level_bytes[k]`` what level k moves over the wire."""
 
@@ -185,9 +210,11 @@ class Manifest(Record):
     """Everything a version consists of.
 
     ``version`` is part of the signed bytes, so that a manifest cannot be served under another number.
+    ``schema_version`` is 2 where there are ``engines``, and 1 where there are none: such a manifest has the bytes that
+    it always had.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1
     name: ModelName
     version: int = Field(ge=1)
     model: ModelRecord
@@ -202,6 +229,14 @@ class Manifest(Record):
     tool_versions: dict[str, str]
     single_writer: bool = False
     job: Digest | None = None
+    engines: tuple[EngineRecord, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialize(self)
+        if not self.engines:
+            del document["engines"]
+        return document
 
     @field_validator("preprocessing")
     @classmethod
@@ -214,6 +249,12 @@ class Manifest(Record):
     def _check(self) -> Self:
         if (twice := first_repeated(layer.name for layer in self.layers)) is not None:
             raise ValueError(f"layer {twice!r} stands twice")
+        if (twice := first_repeated(engine.engine for engine in self.engines)) is not None:
+            raise ValueError(f"engine {twice!r} stands twice")
+        if (self.schema_version == 2) != bool(self.engines):
+            raise ValueError(
+                f"schema_version is {self.schema_version} with {len(self.engines)} engines; 2 has some, 1 has none"
+            )
         # A layer may have fewer levels than its group: then the group's further shards do not hold it.
         weights = [[0] * len(group.levels) for group in self.groups]
         for layer in self.layers:
@@ -237,14 +278,22 @@ class Manifest(Record):
         return self
 
     def descriptors(self) -> tuple[Descriptor, ...]:
-        """Return every blob that this version needs, each digest once: base first, then the groups level by level."""
+        """Return every blob that this version needs, each digest once: base, engines, then shards level by level."""
         levels = [
             shard
             for level in range(self.level_count())
             for group in self.groups
             for shard in group.levels[level : level + 1]
         ]
-        return tuple({blob.digest: blob for blob in (*self.base, *levels)}.values())
+        return tuple({blob.digest: blob for blob in (*self.base, *self.engine_blobs(), *levels)}.values())
+
+    def engine_blobs(self) -> tuple[Descriptor, ...]:
+        """Return the graphs and layouts of the engines."""
+        return tuple(blob for engine in self.engines for blob in (engine.graph, engine.layout))
+
+    def engine(self, name: Engine) -> EngineRecord | None:
+        """Return what an engine runs the version from; None where the version was not exported for it."""
+        return next((engine for engine in self.engines if engine.engine == name), None)
 
     def level_count(self) -> int:
         """Return the number of levels; 2 for one nesting."""

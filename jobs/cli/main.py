@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import typer
 
-from jobs.cli.commands import analyze, cluster, device, jobs, keys, maintain, rollouts, store, tags, zoo
+from jobs.cli.commands import analyze, cluster, device, export, jobs, keys, maintain, rollouts, store, tags, zoo
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -60,6 +60,7 @@ app = typer.Typer(
 )
 jobs.register(app)
 analyze.register(app)
+export.register(app)
 device.register(app)
 store.register(app)
 maintain.register(app)

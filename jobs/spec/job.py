@@ -23,7 +23,7 @@ from nestquant.config import check_bits as check_method_bits
 from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
-from storage.manifest import MAX_PIXELS, Interpolation, ModelName, Scheme, canonical_json
+from storage.manifest import MAX_PIXELS, Engine, Interpolation, ModelName, Scheme, canonical_json
 from storage.stores.blob_store import check_key
 
 METHOD_VERSION = 2
@@ -250,6 +250,20 @@ class ClusterSpec(Section):
     node_timeout_s: float = Field(default=300, ge=0, description="how long a cluster may grow until a task fits")
 
 
+class ExportSpec(Section):
+    """Inference engines that a device without torch runs the version on: their graphs are published with it.
+
+    The shards are the same with and without.
+    """
+
+    engines: tuple[Engine, ...] = Field(min_length=1)
+
+    @field_validator("engines")
+    @classmethod
+    def _once_each(cls, engines: tuple[Engine, ...]) -> tuple[Engine, ...]:
+        return tuple(dict.fromkeys(engines))
+
+
 class JobSpec(Section):
     """One job: a model, a recipe, a store."""
 
@@ -261,6 +275,7 @@ class JobSpec(Section):
     calibration: CalibrationSpec | None = None
     evaluate: EvaluateSpec | None = None
     analysis: AnalysisSpec | None = None
+    export: ExportSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
 
     @model_validator(mode="before")
@@ -303,6 +318,29 @@ class JobSpec(Section):
             raise ValueError(
                 f"quantize.activations.observer {activations.observer!r} needs 'calibration: {{data: ...}}'; "
                 "'sigma' works without images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _exportable(self) -> Self:
+        if self.export is None:
+            return self
+        schemes = {"quantize.scheme": self.quantize.scheme}
+        schemes |= {
+            f"quantize.overrides[{pattern!r}].scheme": override.scheme or self.quantize.scheme
+            for pattern, override in self.quantize.overrides.items()
+        }
+        for key, scheme in schemes.items():
+            if scheme != "symmetric":
+                raise ValueError(
+                    f"export: engines take symmetric weights alone, {key} is {scheme!r}; set 'scheme: symmetric', or "
+                    "leave 'export' out"
+                )
+        activations = self.quantize.activations
+        if activations is not None and activations.bits != 8:
+            raise ValueError(
+                f"export: engines have activations of 8 bits, quantize.activations.bits is {activations.bits}; set 8, "
+                "or leave 'export' out"
             )
         return self
 

@@ -15,7 +15,7 @@ from jobs.result import MixedRecord, PullSummary
 from jobs.spec.job import CalibrationSpec, JobSpec
 from jobs.stages.plan import Plan
 from jobs.stages.weights import StagedModel
-from storage.manifest import ActivationRange, CalibrationRecord, Manifest
+from storage.manifest import ActivationRange, CalibrationRecord, EngineRecord, Manifest
 from storage.registry import Published, Registry
 from workers.errors import Need
 from workers.executor import Executor
@@ -98,6 +98,7 @@ class Job:
     activations: ActivationRanges = ActivationRanges()
     reconstruction: Reconstruction = Reconstruction()
     results: Sequence[UnitResult] = ()
+    engines: tuple[EngineRecord, ...] = ()
     published: Published | None = None
     pulled: PulledVersion | None = None
     measured: tuple[Measured, ...] = ()

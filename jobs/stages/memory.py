@@ -40,6 +40,9 @@ _SHARD_COPIES = 4
 _BYTES_TO_UNPACK = 12
 """For each weight of a layer while it is unpacked: integers of two levels, two float weights."""
 
+_EXPORT_COPIES = 4
+"""Copies of the float network while it is traced and run: the network, its trace, the engine's weights twice."""
+
 _NETWORK_COPIES = 4
 """Copies of the float weights when a network is fitted anew: the network, its state, the file twice."""
 
@@ -67,6 +70,11 @@ def task_needs(job: Job, executor: Executor) -> dict[str, Need]:
         needs.append(need_of(gang_size(executor, images, need_of)))
     blobs = _SHARD_COPIES * spec.store.shard_bytes
     needs.append(Need("quantize", PROCESS_BYTES + plan.task_bytes + blobs, "store.shard_bytes"))
+    if spec.export is not None:
+        images = calibration or CalibrationSpec(data="", samples=SAMPLES, batch_size=CHUNK)
+        batch = min(images.batch_size, images.samples)
+        held = _EXPORT_COPIES * _network_bytes(staged) + job.image_bytes + blobs + batch * _forward_bytes(staged)
+        needs.append(_need("export", held, "calibration.batch_size"))
     if evaluation is not None:
         batch = min(evaluation.batch_size, evaluation.limit or evaluation.batch_size)
         held = network + _packed_bytes(plan) + blobs + batch * _forward_bytes(staged)

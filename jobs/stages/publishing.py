@@ -21,6 +21,7 @@ from workers.errors import shown
 from workers.executor import Executor
 from workers.tasks import BaseRecord, GroupRecord
 
+EXPORT_TOOLS = ("onnx", "onnxscript", "onnxruntime")
 _TOOLS = ("nestquant-service", "torch", "numpy", "zstandard", "safetensors", "timm", "pytorchcv")
 
 
@@ -88,6 +89,18 @@ def tag(job: Job, _: Executor, __: StageClock) -> Job:
     return replace(job, tags=tuple(moved), notes=(*job.notes, *notes))
 
 
+def model_record(job: Job) -> ModelRecord:
+    """Return what is needed to build the job's network again."""
+    model, staged = job.spec.model, job.staged
+    return ModelRecord(
+        library=model.library,
+        arch=model.arch,
+        kwargs=model.kwargs,
+        source_digest=staged.source_digest,
+        parameters=staged.parameters,
+    )
+
+
 def draft_manifest(job: Job) -> Manifest:
     """Return the manifest of what was made; its number is given out by the registry."""
     spec, staged, plan = job.spec, job.staged, job.plan
@@ -103,13 +116,7 @@ def draft_manifest(job: Job) -> Manifest:
     return Manifest(
         name=spec.name,
         version=1,
-        model=ModelRecord(
-            library=spec.model.library,
-            arch=spec.model.arch,
-            kwargs=spec.model.kwargs,
-            source_digest=staged.source_digest,
-            parameters=staged.parameters,
-        ),
+        model=model_record(job),
         recipe={"method": METHOD_VERSION, **spec.quantize.model_dump(mode="json")},
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
@@ -118,6 +125,8 @@ def draft_manifest(job: Job) -> Manifest:
         preprocessing=staged.preprocessing.to_record(),
         calibration=job.activations.record or job.reconstruction.record(job.observation.digest),
         sizes=sizes_of(groups, sum(record.descriptor.size_bytes for record in base), layers, float_bytes),
-        tool_versions=tool_versions(_TOOLS),
+        tool_versions=tool_versions((*_TOOLS, *EXPORT_TOOLS) if job.engines else _TOOLS),
         job=job.digest,
+        schema_version=2 if job.engines else 1,
+        engines=job.engines,
     )

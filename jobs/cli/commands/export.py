@@ -1,0 +1,69 @@
+"""The command ``export``: make a published version ready for an inference engine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from jobs.cli.options import Json, Model, Store, print_json, size, split_ref
+from storage.manifest import Engine
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command(epilog="Example: nestquant export resnet18@3 --engine onnx --store s3://models --tag latest")(export)
+
+
+def export(
+    model: Model,
+    *,
+    store: Store,
+    engine: Annotated[Engine, typer.Option("--engine", help="What devices run it on: onnx is ONNX Runtime.")] = "onnx",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="IMAGES",
+            help="Where activations are quantized: images that tell the ranges of the first layer's input and of sums. "
+            "Without, what needs those runs in float.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="So many of the images.")] = 256,
+    tag: Annotated[
+        list[str] | None, typer.Option("--tag", help="Point this tag at the new version; may be repeated.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Publish a version once more, with an engine's graph. Its shards are the same blobs: devices fetch none anew."""
+    from jobs.published import export_published
+    from storage.registry import Registry
+    from storage.stores.uri import open_existing_store
+    from workers.engines.export import RangeImages
+
+    name, ref = split_ref(model)
+    registry = Registry(open_existing_store(store))
+    found = registry.resolve(name, ref)
+    asked = found.manifest.recipe.get("activations") or {}
+    images = None
+    if calibration is not None:
+        images = RangeImages(
+            data=calibration,
+            samples=samples,
+            batch_size=32,
+            observer=asked.get("observer", "percentile") if asked.get("observer") != "sigma" else "percentile",
+            percentile=asked.get("percentile", 99.99),
+        )
+    published = export_published(registry, name, str(found.version), engine, images=images, tags=tuple(tag or ()))
+    made = registry.resolve(name, str(published.version)).manifest.engine(engine)
+    assert made is not None, "it was published with it"
+    moved = made.graph.size_bytes + made.layout.size_bytes
+    if as_json:
+        document = {"name": name, "version": published.version, "digest": published.digest, "engine": engine}
+        print_json(document | {"bytes": moved, "activations": made.activations, "created": published.created})
+        return
+    kind = "weights and activations" if made.activations else "weights"
+    typer.echo(
+        f"{name} version {published.version}: version {found.version} for {engine}, {kind} quantized, "
+        f"{size(moved)} more."
+    )
