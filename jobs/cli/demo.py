@@ -71,7 +71,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     elif arguments.toy or _without_photographs(out):
         document = _trained(out, bits)
     else:
-        document, compared = _pretrained(out, bits, arguments.photographs)
+        with out.status("asking the float network about every view"):
+            document, compared = _pretrained(out, bits, arguments.photographs)
     path = FOLDER / "spec.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     spec = parse_spec(document, where=str(path))
@@ -232,7 +233,8 @@ def _device_session(out: Console, spec: JobSpec, result: JobResult, compared: Co
         out.print(title(f"nestquant {' '.join(words)}"))
         app(words, standalone_mode=False)
         if words[0] == "verify" and compared is not None:
-            _picture(out, result.name, Path(cache), compared)
+            with out.status("running both modes on the photographs"):
+                _picture(out, result.name, Path(cache), compared)
     moved = result.pull.level_bytes
     out.print(
         f"\nMoved to run part-bit: {size(moved[0])}; to switch to full-bit: {size(sum(moved[1:]))}; to switch "
