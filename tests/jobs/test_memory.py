@@ -57,6 +57,20 @@ print(json.dumps({"grown": peak - before, "asked": prepared.needs[stage].memory_
 """
 
 
+_BARE = """
+import re
+from pathlib import Path
+import ray, timm, torch, pytorchcv.model_provider
+import workers.measure, workers.quantize, workers.reconstruct
+print(1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+"""
+
+
+def test_a_bare_worker_takes_what_is_asked_for_it_and_not_much_less() -> None:
+    told = subprocess.run([sys.executable, "-c", _BARE], capture_output=True, text=True, timeout=300, check=True)
+    assert 0.8 * PROCESS_BYTES < int(told.stdout) < PROCESS_BYTES
+
+
 def growth(stage: str, document: dict[str, Any]) -> tuple[int, int]:
     """Return the bytes that a stage's first task took, and those that it asked for without the bare process."""
     argv = [sys.executable, "-c", _GROWTH, stage, json.dumps(document)]

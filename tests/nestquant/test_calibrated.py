@@ -56,6 +56,19 @@ def test_large_images_count_at_the_same_few_positions() -> None:
     assert torch.equal(columns.reshape(2, POSITIONS, 3)[..., 0], first[0])
 
 
+def test_the_positions_that_count_lie_all_over_the_image() -> None:
+    rows, columns = 40, 40
+    where = torch.arange(rows * columns, dtype=torch.float32).reshape(1, 1, rows, columns)
+    chosen = input_columns(nn.Conv2d(1, 1, 1), where).flatten().long()
+    assert chosen.unique().numel() == POSITIONS
+    # Evenly drawn, each quarter of the rows and of the columns holds 32 of the 128, give or take 15 (three deviations).
+    for parts in (chosen // columns // (rows // 4), chosen % columns // (columns // 4)):
+        counts = parts.bincount(minlength=4)
+        assert counts.sum() == POSITIONS
+        assert 17 <= counts.min(), counts
+        assert counts.max() <= 47, counts
+
+
 def test_layers_that_read_their_input_otherwise_have_no_columns() -> None:
     class Padded(nn.Conv2d):
         def forward(self, inputs: Tensor) -> Tensor:

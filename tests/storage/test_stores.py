@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -52,6 +53,24 @@ class TestLocal(SwapContract):
         with pytest.raises(NoSpace, match=r"a/b: no space left in .* nothing was written"):
             store.put("a/b", b"x", mode=mode)  # type: ignore[arg-type]
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    @pytest.mark.parametrize("mode", ["create", "overwrite"])
+    def test_what_a_write_leaves_is_on_the_disk(
+        self, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file's bytes before it has its name, the folder's entry after: a power cut finds all or nothing."""
+        store = LocalStore(tmp_path)
+        path, real, flushed = tmp_path / "a" / "b", os.fsync, list[tuple[int, int, bool]]()
+
+        def watched(descriptor: int) -> None:
+            real(descriptor)
+            seen = os.fstat(descriptor)
+            flushed.append((seen.st_ino, seen.st_size if stat.S_ISREG(seen.st_mode) else -1, path.exists()))
+
+        monkeypatch.setattr(os, "fsync", watched)
+        store.put("a/b", b"whole", mode=mode)  # type: ignore[arg-type]
+        assert (path.stat().st_ino, 5, False) in flushed
+        assert flushed[-1] == (path.parent.stat().st_ino, -1, True)
 
     def test_leftovers_of_a_killed_writer(self, tmp_path: Path) -> None:
         code = (
