@@ -65,7 +65,7 @@ def test_the_positions_that_count_lie_all_over_the_image() -> None:
     for parts in (chosen // columns // (rows // 4), chosen % columns // (columns // 4)):
         counts = parts.bincount(minlength=4)
         assert counts.sum() == POSITIONS
-        assert 17 <= counts.min(), counts
+        assert counts.min() >= 17, counts
         assert counts.max() <= 47, counts
 
 
