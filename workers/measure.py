@@ -71,7 +71,7 @@ def measure(task: MeasureTask) -> Measured:
         nested = None if task.level is None else _nested(task, folder)
         network = open_network(task.network) if nested is None else nested.network
         images = fetch_images(task.data, folder)
-        measured = measure_mode(
+        return measure_mode(
             nested or network,
             images,
             Preprocessing.from_record(task.network.preprocessing),
@@ -80,10 +80,8 @@ def measure(task: MeasureTask) -> Measured:
             name=f"{task.network.library} {task.network.arch} ({task.mode})",
             batch_size=task.batch_size,
             limit=task.limit,
+            refuse_chance=task.level is None and task.refuse_chance,
         )
-        if task.level is None and task.refuse_chance and measured.accuracy.is_chance:
-            raise DataError(chance_fault(measured.accuracy, images))
-    return measured
 
 
 def measure_mode(
@@ -96,6 +94,7 @@ def measure_mode(
     name: str,
     batch_size: int,
     limit: int | None,
+    refuse_chance: bool = False,
 ) -> Measured:
     """Measure a network as it stands, a nested one at its present level; its residency is packed again afterwards.
 
@@ -108,9 +107,10 @@ def measure_mode(
         name: what messages call the network.
         batch_size: images in one forward pass.
         limit: use the first so many images.
+        refuse_chance: answers that have nothing to do with the labels are an error.
 
     Raises:
-        WorkError: the images cannot be read, or answers are not finite.
+        WorkError: the images cannot be read, answers are not finite, or they are chance where that is refused.
     """
     begin = time.perf_counter()
     images.skipped.clear()
@@ -127,6 +127,8 @@ def measure_mode(
     finally:
         if nested is not None:
             nested.set_residency("packed")
+    if refuse_chance and accuracy.is_chance:
+        raise DataError(chance_fault(accuracy, images))
     return Measured(
         mode=mode,
         level=None if nested is None else nested.level,
