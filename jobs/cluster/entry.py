@@ -17,10 +17,13 @@ from typing import Any
 
 from jobs.cluster.record import End, JobRecord
 from jobs.driver import run_job
+from jobs.errors import JobError
 from jobs.events import Event
 from jobs.executors import open_executor
 from jobs.spec.job import JobSpec
+from storage.errors import StorageError
 from storage.stores.uri import open_store
+from workers.errors import WorkError
 
 _BEAT_S = 10.0
 
@@ -71,7 +74,8 @@ def main() -> int:
         reporter.write(kind="failed", message=told)
         story = "".join(traceback.format_exception(error))
         reporter.end(End(status="FAILED", error=told, traceback=story, unix_s=int(time.time())))
-        print(story, file=sys.stderr)
+        if not isinstance(error, JobError | WorkError | StorageError):  # those are told by their line alone
+            print(story, file=sys.stderr)
         return 1
     reporter.write(kind="succeeded", version=result.version, digest=result.digest)
     reporter.end(End(status="SUCCEEDED", error=result.gate, result=result, unix_s=int(time.time())))

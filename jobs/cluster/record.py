@@ -76,19 +76,19 @@ class JobRecord:
     def __init__(self, store: BlobStore, request: str) -> None:
         self.store, self.request = store, request
         self.prefix = job_prefix(request).rstrip("/")
+        self.spec_key = f"{self.prefix}/spec.json"
 
     def ask(self, spec: JobSpec) -> JobSpec:
         """Keep the spec, or return the one that is kept already."""
-        key = f"{self.prefix}/spec.json"
         try:
-            self.store.put(key, canonical_json(Asked(request=self.request, spec=spec)), mode="create")
+            self.store.put(self.spec_key, canonical_json(Asked(request=self.request, spec=spec)), mode="create")
         except AlreadyExists:
             return self.spec()
         return spec
 
     def spec(self) -> JobSpec:
         """Return what was asked."""
-        found = self._read(f"{self.prefix}/spec.json", Asked)
+        found = self._read(self.spec_key, Asked)
         if found is None:
             raise JobError(f"No job {self.request} in {self.store.uri}; 'nestquant jobs ls' shows what there is.")
         return found.spec

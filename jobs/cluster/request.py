@@ -20,7 +20,7 @@ from storage.stores.s3 import S3Store
 from storage.stores.s3_errors import boto_errors, translate
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
-from workers.inputs.files import CHECKPOINT, IMAGES, InputKind, reading
+from workers.inputs.files import CHECKPOINT, IMAGES, InputKind, local_path, reading
 from workers.inputs.images import open_images
 
 
@@ -58,24 +58,33 @@ def revision(spec: JobSpec) -> str:
 
 def _file_revision(uri: str, kind: InputKind = CHECKPOINT) -> str:
     if uri.startswith("s3://"):
-        store = open_store(uri)
-        if not isinstance(store, S3Store) or not store.prefix:
-            raise BadStoreURI(f"{uri} names a bucket; expected s3://bucket/path/to/file")
-        key = store.prefix.rstrip("/")
-        try:
-            found = store.client.head_object(Bucket=store.bucket, Key=key)
-        except boto_errors() as error:
-            raise translate(error, operation="HEAD", key=key, store=store) from error
-        return f"etag {found['ETag']} {found['ContentLength']} bytes"
-    path = Path(uri.removeprefix("file://")).expanduser()
+        return object_revision(uri)
+    path = local_path(uri)
     if not path.is_file():
         raise kind.missing(uri)
     return _sha256(path.resolve(), file_version(path.stat()))
 
 
+def object_revision(uri: str) -> str:
+    """Return what one HEAD tells of the bytes that an s3:// URI names.
+
+    Raises:
+        storage.StorageError: it is not there, or these credentials may not read it.
+    """
+    store = open_store(uri)
+    if not isinstance(store, S3Store) or not store.prefix:
+        raise BadStoreURI(f"{uri} names a bucket; expected s3://bucket/path/to/file")
+    key = store.prefix.rstrip("/")
+    try:
+        answer = store.client.head_object(Bucket=store.bucket, Key=key)
+    except boto_errors() as error:
+        raise translate(error, operation="HEAD", key=key, store=store) from error
+    return f"etag {answer['ETag']} {answer['ContentLength']} bytes"
+
+
 def _images_revision(uri: str) -> str:
     with reading(uri, IMAGES):
-        path = Path(uri.removeprefix("file://")).expanduser()
+        path = local_path(uri)
         folder = path.is_dir()
     return open_images(path, uri=uri).digest() if folder else _file_revision(uri, IMAGES)
 

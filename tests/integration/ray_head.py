@@ -30,8 +30,11 @@ class RayHead:
 
 
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[RayHead]:
-    """Start a head; sockets want a short path, so its files do not lie in tmp_path."""
+def ray_head(num_cpus: int, auth_mode: str = "disabled") -> Iterator[RayHead]:
+    """Start a head; sockets want a short path, so its files do not lie in tmp_path.
+
+    With ``auth_mode`` "token" it takes the token that ``RAY_AUTH_TOKEN`` or the home folder holds.
+    """
     folder = tempfile.mkdtemp(prefix="nq", dir="/tmp")
     gcs, dashboard, metrics, agent, environments = _free_ports(5)
     programs = Path(sys.executable).parent
@@ -45,7 +48,7 @@ def ray_head(num_cpus: int) -> Iterator[RayHead]:
     environment = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",  # a job's entrypoint says 'python'
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": auth_mode,
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "OMP_NUM_THREADS": "1",
         "RAY_metrics_report_interval_ms": "500",
@@ -75,6 +78,8 @@ def _await(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
         try:
             with urllib.request.urlopen(url, timeout=2):
                 return
+        except urllib.error.HTTPError:  # it answers, and wants a token
+            return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.5)
     raise RuntimeError(f"no Jobs API at {url} after {_START_S} s: {log.read_text(errors='replace')[-2000:]}")

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli.main import app
+from jobs.cluster.client import Cluster
 from jobs.cluster.record import JobRecord, find_job, requests
 from jobs.cluster.request import request_digest
-from jobs.cluster.submit import Cluster, cancel, job_state, portable, retry, submit, wait
+from jobs.cluster.submit import cancel, job_state, portable, retry, submit, wait
 from jobs.driver import run_job
 from jobs.errors import ClusterError, JobError
 from jobs.spec.file import parse_spec

@@ -9,8 +9,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from jobs.cluster.client import Cluster
 from jobs.cluster.record import JobRecord, find_job
-from jobs.cluster.submit import Cluster, cancel
+from jobs.cluster.submit import cancel
 from jobs.errors import ClusterError, JobError, SpecError
 from jobs.spec.file import parse_spec
 from storage.stores.memory import MemoryStore

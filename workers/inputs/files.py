@@ -46,6 +46,11 @@ IMAGES = InputKind(
 )
 
 
+def local_path(uri: str) -> Path:
+    """Return the path that a plain path or file:///path names, ``~`` as the home folder."""
+    return Path(uri.removeprefix("file://")).expanduser()
+
+
 def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
     """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
 
@@ -69,7 +74,7 @@ def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
         return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
     if not uri.startswith("s3://"):
         with reading(uri, kind):
-            path = Path(uri.removeprefix("file://")).expanduser()
+            path = local_path(uri)
             if not path.exists():
                 raise kind.missing(uri)
             return path.resolve()

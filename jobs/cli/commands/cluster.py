@@ -14,11 +14,19 @@ from jobs.errors import ClusterError, GateError
 from workers.errors import WorkError
 
 if TYPE_CHECKING:
+    from jobs.cluster.client import Cluster
     from jobs.cluster.record import JobRecord
     from jobs.cluster.submit import JobState
 
 Address = Annotated[
     str, typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The head's dashboard, http://head:8265.")
+]
+Reached = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Where the head's dashboard is reached now; by default where the job was submitted to.",
+    ),
 ]
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job's digest, or its first six or more digits.")]
 
@@ -48,6 +56,12 @@ def submit(
     store: Annotated[str | None, typer.Option("--store", envvar="NESTQUANT_STORE", help="Overrides store.uri.")] = None,
     change: Changes = None,
     wait_for_end: Annotated[bool, typer.Option("--wait", help="Wait for the end; the exit code is the job's.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Ask the head and a worker first for store, inputs and packages; submit nothing if it fails."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Submit a job to a running cluster. The same job submitted twice is one job."""
@@ -57,9 +71,11 @@ def submit(
     changes = parse_changes(change)
     if store is not None:
         changes["store.uri"] = store
-    record, attempt, new = service.submit(load_spec(spec, changes=changes), address)
+    if check and not as_json:
+        typer.echo(f"asking the head and a worker of {address} ...", err=True)
+    record, attempt, new = service.submit(load_spec(spec, changes=changes), address, check=check)
     if wait_for_end:
-        _wait(record, as_json=as_json)
+        _wait(record, address, as_json=as_json)
         return
     if as_json:
         print_json({"job": record.request, "attempt": attempt.number, "submission": attempt.submission_id, "new": new})
@@ -69,17 +85,17 @@ def submit(
     typer.echo(f"nestquant jobs logs {record.request.removeprefix('sha256:')[:12]} -f --store '{record.store.uri}'")
 
 
-def ls(*, store: Store, as_json: Json = False) -> None:
+def ls(*, store: Store, address: Reached = None, as_json: Json = False) -> None:
     """List the submitted jobs."""
     from jobs.cluster.record import JobRecord, requests
     from jobs.cluster.submit import job_state
     from storage.stores.uri import open_store
 
-    opened = open_store(store)
+    opened, cluster = open_store(store), _cluster(address)
     rows = []
     for request in requests(opened):
         record = JobRecord(opened, request)
-        rows.append({**_document(record, job_state(record)), "name": record.spec().name})
+        rows.append({**_document(record, job_state(record, cluster)), "name": record.spec().name})
     if as_json:
         print_json(rows)
         return
@@ -91,25 +107,26 @@ def ls(*, store: Store, as_json: Json = False) -> None:
         )
 
 
-def status(job: Job, *, store: Store, as_json: Json = False) -> None:
+def status(job: Job, *, store: Store, address: Reached = None, as_json: Json = False) -> None:
     """Say how a job stands."""
     from jobs.cluster.submit import job_state
 
     record = _record(store, job)
-    _print_state(record, job_state(record), as_json=as_json)
+    _print_state(record, job_state(record, _cluster(address)), as_json=as_json)
 
 
 def logs(
     job: Job,
     *,
     store: Store,
+    address: Reached = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
 ) -> None:
     """Print the log of a job's newest attempt: from the cluster while it is there, else from the store."""
-    from jobs.cluster.submit import Cluster, job_state
+    from jobs.cluster.client import Cluster
 
     record = _record(store, job)
-    attempt = job_state(record).attempt
+    attempt = record.latest()
     if attempt is None:
         raise ClusterError(
             f"{record.request} was never submitted, so there is no log; 'nestquant jobs retry' starts it."
@@ -118,7 +135,7 @@ def logs(
     if kept is not None:
         typer.echo(kept, nl=False)
         return
-    cluster = Cluster(attempt.address)
+    cluster = Cluster(address or attempt.address)
     if not follow:
         typer.echo(cluster.logs(attempt), nl=False)
         return
@@ -134,21 +151,22 @@ def wait(
     job: Job,
     *,
     store: Store,
+    address: Reached = None,
     pending_timeout_s: Annotated[
         float, typer.Option("--pending-timeout", min=1, help="Stop a job that has not started after so many seconds.")
     ] = 600,
     as_json: Json = False,
 ) -> None:
     """Wait for the end of a job; the exit code is the job's."""
-    _wait(_record(store, job), as_json=as_json, pending_timeout_s=pending_timeout_s)
+    _wait(_record(store, job), address, as_json=as_json, pending_timeout_s=pending_timeout_s)
 
 
-def cancel(job: Job, *, store: Store, as_json: Json = False) -> None:
+def cancel(job: Job, *, store: Store, address: Reached = None, as_json: Json = False) -> None:
     """Stop a job. What is finished is kept, and a retry goes on from there."""
     from jobs.cluster import submit as service
 
     record = _record(store, job)
-    _print_state(record, service.cancel(record), as_json=as_json)
+    _print_state(record, service.cancel(record, _cluster(address)), as_json=as_json)
 
 
 def retry(
@@ -162,6 +180,7 @@ def retry(
 ) -> None:
     """Start a job's next attempt, which skips what is finished."""
     from jobs.cluster import submit as service
+    from jobs.cluster.client import Cluster
     from jobs.cluster.record import TERMINAL
 
     record = _record(store, job)
@@ -171,7 +190,7 @@ def retry(
     target = address or (state.attempt.address if state.attempt else None)
     if target is None:
         raise ClusterError(f"{record.request} was never submitted; say where with --address.")
-    service.retry(record, service.Cluster(target))
+    service.retry(record, Cluster(target))
     _print_state(record, service.job_state(record), as_json=as_json)
 
 
@@ -197,7 +216,14 @@ def _record(store: str, job: str) -> JobRecord:
     return find_job(open_store(store), job)
 
 
-def _wait(record: JobRecord, *, as_json: bool, pending_timeout_s: float = 600) -> None:
+def _cluster(address: str | None) -> Cluster | None:
+    """Return the cluster at an address that was given, so that it is asked instead of the one in the job's record."""
+    from jobs.cluster.client import Cluster
+
+    return None if address is None else Cluster(address)
+
+
+def _wait(record: JobRecord, address: str | None, *, as_json: bool, pending_timeout_s: float = 600) -> None:
     from jobs.cluster import submit as service
 
     seen: list[str] = []
@@ -209,7 +235,7 @@ def _wait(record: JobRecord, *, as_json: bool, pending_timeout_s: float = 600) -
             typer.echo(line, err=True)
             seen.append(line)
 
-    state = service.wait(record, pending_timeout_s=pending_timeout_s, on_state=tell)
+    state = service.wait(record, _cluster(address), pending_timeout_s=pending_timeout_s, on_state=tell)
     _print_state(record, state, as_json=as_json)
     if state.status != "SUCCEEDED":
         raise WorkError(f"The job ended {state.status}: {state.message or 'no reason given'}")
