@@ -50,7 +50,7 @@ def preflight(cluster: Cluster, record: JobRecord, spec: JobSpec) -> tuple[Answe
             "submitted; --no-check submits without a look."
         )
     faults = [f"{answer.role} {answer.host}".rstrip() + f": {fault}." for answer in answers for fault in answer.faults]
-    faults += _differences(answers)
+    faults += differences(answers)
     if faults:
         raise ClusterError("\n".join([*faults, f"Nothing was submitted to {cluster.address}."]))
     return answers
@@ -62,7 +62,7 @@ def read_answers(log: str) -> tuple[Answer, ...]:
     return tuple(Answer(**{**document, "faults": tuple(document["faults"])}) for document in documents)
 
 
-def _differences(answers: tuple[Answer, ...]) -> list[str]:
+def differences(answers: tuple[Answer, ...]) -> list[str]:
     """Packages whose versions differ between the machines: the same job would end in other integers."""
     head, worker = answers
     pairs = [

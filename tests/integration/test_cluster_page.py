@@ -1,4 +1,4 @@
-"""The walk of docs/cluster.md, command by command, on a head that asks for a token; what ``submit`` finds before work."""
+"""The walk of docs/cluster.md, command by command, on a head that asks for a token, and what is found before work."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from jobs.cluster.client import Cluster
+from jobs.cluster.preflight import differences, read_answers
+from jobs.cluster.probe import MARK, Answer
 from jobs.cluster.record import JobRecord, find_job
 from jobs.cluster.submit import cancel
 from jobs.errors import ClusterError, JobError, SpecError
@@ -126,3 +130,16 @@ def test_a_wrong_name_is_one_line() -> None:
         "job.yaml: 'name': expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends. "
         "Seen: 'Bad Name!'."
     )
+
+
+def test_a_look_around_is_read_from_a_log_among_other_lines() -> None:
+    head = Answer("head", "a", {"python": "3.11.7", "torch": "2.9.1", "timm": "1.0.31"}, ())
+    worker = Answer("worker", "b", {"python": "3.11.7", "torch": "2.8.0", "timm": "1.0.31"}, ("no timm",))
+    lines = ["WARNING of another", MARK + json.dumps(asdict(head)), "", MARK + json.dumps(asdict(worker))]
+    assert read_answers("\n".join(lines)) == (head, worker)
+    assert read_answers("Traceback ...\nModuleNotFoundError: No module named 'pydantic'") == ()
+    assert differences((head, worker)) == ["head and worker have different versions: torch 2.9.1 and 2.8.0."]
+    assert differences((head, Answer("worker", "b", dict(head.versions), ()))) == []
+    assert (
+        differences((head, Answer("worker", "", {}, ("no node could run a task",)))) == []
+    )  # nothing was learnt of it
