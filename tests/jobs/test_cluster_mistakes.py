@@ -140,6 +140,4 @@ def test_a_look_around_is_read_from_a_log_among_other_lines() -> None:
     assert read_answers("Traceback ...\nModuleNotFoundError: No module named 'pydantic'") == ()
     assert differences((head, worker)) == ["head and worker have different versions: torch 2.9.1 and 2.8.0."]
     assert differences((head, Answer("worker", "b", dict(head.versions), ()))) == []
-    assert (
-        differences((head, Answer("worker", "", {}, ("no node could run a task",)))) == []
-    )  # nothing was learnt of it
+    assert differences((head, Answer("worker", "", {}, ("no node could run a task",)))) == []
