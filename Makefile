@@ -18,13 +18,14 @@ BITS ?= [8,4]
 # Other quantizers that ours is measured beside, each in an environment of its own.
 PEERS := brevitas model-compression-toolkit aimet-torch nncf torchao
 
-.PHONY: demo dist docs wheels test check lint test-slow test-gpu fuzz bench bench-cluster zoo-survival sweep tables peers clean help
+.PHONY: demo dist docs wheels test check lint test-slow test-gpu fuzz mutation bench bench-cluster zoo-survival sweep tables peers clean help
 
 help:
 	@echo "make demo       quantize an ImageNet network, publish, pull and switch it as a device (PHOTOS=, TOY=1, WEIGHTS= MODEL= DATA=)"
 	@echo "make test       lint, types, imports, tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make fuzz       a minute of coverage-guided fuzzing"
+	@echo "make mutation   mutants of a package, each against the tests that cover it (PACKAGE= MUTANTS=150 MINUTES=60 SEED=1)"
 	@echo "make zoo-survival   24 architectures on a cluster of three nodes, killed twice and finished (15 minutes)"
 	@echo "make bench-cluster  what the cluster costs, from 1 M to 1 B weights"
 	@echo "make docs       the documentation site, strictly, into build/site"
@@ -66,6 +67,17 @@ fuzz: $(BIN)/.ready
 	$(BIN)/uv pip install --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,fuzz]'
 	$(BIN)/python -m tests.fuzz.run -max_total_time=60 -rss_limit_mb=2048 -timeout=10
 
+# A sample of mutants of a package or folders, goes on where it stopped; AGAIN=--again tries the survivors once more.
+PACKAGE ?= nestquant
+MUTANTS ?= 150
+SEED ?= 1
+AGAIN ?=
+MINUTES ?= 60
+mutation: $(BIN)/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,mutation]'
+	$(BIN)/python -m pytest -q tests/mutation
+	$(BIN)/python -m tests.mutation.run $(PACKAGE) --mutants $(MUTANTS) --minutes $(MINUTES) --seed $(SEED) $(AGAIN)
+
 # Strict: a link that leads nowhere, or a name that the code lacks, fails. NO_MKDOCS_2_WARNING: its notice is not ours.
 docs: $(BIN)/.ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --compile-bytecode --editable '.[dev,docs]'
@@ -97,7 +109,6 @@ zoo-survival: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.zoo_survival --write
 
 # Every architecture of timm and pytorchcv up to 30 M weights; goes on where it stopped. Hours in all: MINUTES= bounds one sitting.
-MINUTES ?= 60
 sweep: $(BIN)/.ready
 	$(BIN)/python -m tests.benchmarks.sweep --minutes $(MINUTES)
 
