@@ -26,7 +26,7 @@ from typing_extensions import override
 from storage.digest import Data
 from storage.errors import AlreadyExists, Corrupt, NotFound, PreconditionFailed, StorageError, StoreUnavailable
 from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode, check_key, check_limit, is_key
-from storage.stores.s3_errors import RangeBeyondEnd, boto_errors, cut_body_errors, translate
+from storage.stores.s3_errors import NotModified, RangeBeyondEnd, boto_errors, cut_body_errors, translate
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -155,10 +155,21 @@ class S3Store(BlobStore):
         with closing(answer.body), closing(self._read(key, name, start=start, answer=answer)) as pieces:
             yield Opened(answer.size_bytes, answer.etag, start, pieces)
 
-    def own_object(self) -> Iterator[bytes]:
-        """Yield the one object that the URI itself names (``s3://bucket/model.safetensors``), as ``stream`` does."""
+    @contextmanager
+    def open_own(self, *, unless_etag: str | None = None) -> Iterator[Opened | None]:
+        """Open the one object that the URI itself names (``s3://bucket/model.safetensors``), as ``open`` does.
+
+        None where it still has the ETag ``unless_etag``: one request, without a body (RFC 9110, If-None-Match).
+        """
         name = self.prefix.rstrip("/")
-        return self._read(name, name)
+        try:
+            answer = self._open(name, name, 0, None, unless_etag=unless_etag)
+        except NotModified:
+            yield None
+            return
+        assert answer is not None, "a whole object has no end to lie beyond"
+        with closing(answer.body), closing(self._read(name, name, answer=answer)) as pieces:
+            yield Opened(answer.size_bytes, answer.etag, 0, pieces)
 
     def _read(
         self,
@@ -207,10 +218,14 @@ class S3Store(BlobStore):
                         key=key,
                     ) from cut
 
-    def _open(self, key: str, name: str, offset: int, stop: int | None) -> _Answer | None:
+    def _open(
+        self, key: str, name: str, offset: int, stop: int | None, *, unless_etag: str | None = None
+    ) -> _Answer | None:
         """Ask for the bytes from ``offset``; None where the object ends before."""
         ranged = offset > 0 or stop is not None
         wanted = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
+        if unless_etag is not None:
+            wanted["IfNoneMatch"] = f'"{unless_etag}"'
         try:
             answer: GetObjectOutputTypeDef = self._guard(
                 "GET",

@@ -35,6 +35,10 @@ class RangeBeyondEnd(StorageError):
     """``416``: the range begins at or beyond the end of the object. Stays inside `storage.stores.s3`."""
 
 
+class NotModified(StorageError):
+    """``304``: the object still has the ETag that was sent along. Stays inside `storage.stores.s3`."""
+
+
 _BY_CODE: dict[str, type[StorageError]] = {
     "NoSuchBucket": BadStoreURI,
     "PermanentRedirect": BadStoreURI,
@@ -54,6 +58,7 @@ _BY_CODE: dict[str, type[StorageError]] = {
     "InvalidToken": AccessDenied,
 }
 _BY_STATUS: dict[int, type[StorageError]] = {
+    304: NotModified,
     401: AccessDenied,
     403: AccessDenied,
     404: NotFound,
@@ -81,6 +86,7 @@ _ADVICE = {
 }
 _KIND_ADVICE: dict[type[StorageError], str] = {
     AccessDenied: "check key, secret and the bucket's policy",
+    NotModified: "nobody asked for that",
     NoSpace: "the store is full, free some space or raise the quota",
     PreconditionFailed: "the object is not the one expected",
     RangeBeyondEnd: "the object ends before",

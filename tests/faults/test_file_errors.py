@@ -27,8 +27,9 @@ from storage.stores.local import LocalStore
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError
 from workers.executor import InProcessExecutor
-from workers.inputs.files import reading, require_room, writing
+from workers.inputs.files import reading, require_room
 from workers.inputs.tensors import TensorReader
+from workers.inputs.writing import writing
 from workers.tasks import TensorSource
 
 Document = Callable[..., dict[str, Any]]

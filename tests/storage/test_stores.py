@@ -253,11 +253,18 @@ def test_the_object_that_a_uri_names(moto_s3: S3Server) -> None:
     folder.client.put_object(Bucket=folder.bucket, Key=f"{folder.prefix}My Model.PTH", Body=BIG)
     named = open_store(f"{place}/My%20Model.PTH?{query}")
     assert isinstance(named, S3Store)
-    assert b"".join(named.own_object()) == BIG
+    with named.open_own() as opened:
+        assert opened is not None
+        assert (opened.size_bytes, b"".join(opened.pieces)) == (len(BIG), BIG)
+    with named.open_own(unless_etag=opened.etag) as again:
+        assert again is None
+    with named.open_own(unless_etag="another") as again:
+        assert again is not None
+        assert (again.etag, b"".join(again.pieces)) == (opened.etag, BIG)
     missing = open_store(f"{place}/none.pth?{query}")
     assert isinstance(missing, S3Store)
-    with pytest.raises(NotFound, match=r"none\.pth: no such object"):
-        next(missing.own_object())
+    with pytest.raises(NotFound, match=r"none\.pth: no such object"), missing.open_own():
+        pass
 
 
 def test_multipart_is_aborted_on_failure(moto_s3: S3Server) -> None:

@@ -17,11 +17,12 @@ from torch import nn
 from storage.digest import file_version
 from workers.errors import CheckpointError
 from workers.inputs import networks
-from workers.inputs.files import reading, require_room, writing
+from workers.inputs.files import reading, require_room
 from workers.inputs.fit import Shapes, check_fit
 from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader
 from workers.inputs.torch_file import file_kind, load_pickled
 from workers.inputs.wrapping import Choice, unwrap
+from workers.inputs.writing import writing
 from workers.tasks import NetworkRef, TensorSource
 
 # torch's generator belongs to the process: two threads that draw from it at once would share out one sequence.

@@ -5,7 +5,6 @@ temporary one written, becomes one line with its name.
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from storage.errors import StorageError
 from storage.stores.blob_store import is_key
 from storage.stores.s3 import S3Store
 from storage.stores.uri import open_store
-from workers.errors import CheckpointError, DataError, ScratchError, ScratchFull, WorkError, one_line, system_line
-
-_NUMBER = re.compile(r"\(os error (\d+)\)")  # how the safetensors library, which is no Python, tells them
+from workers.errors import CheckpointError, DataError, ScratchFull, WorkError, one_line, system_line
+from workers.inputs.node_cache import node_cache
+from workers.inputs.writing import write_pieces, writing
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def local_path(uri: str) -> Path:
 def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
     """Return a local path for a checkpoint or an image set: the path itself, or what an s3:// URI names, downloaded.
 
-    What ``stored_file`` names is downloaded from any store. What the folder holds of a URI already is not downloaded
+    What ``stored_file`` names is downloaded from any store; what a bucket holds, once for all tasks of this machine
+    (``workers.inputs.node_cache``). What the folder holds of a URI already is not downloaded
     again: all that a job does with it sees the same bytes.
 
     Args:
@@ -71,7 +71,10 @@ def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
     store_uri, mark, key = uri.rpartition("#")
     place = folder / hashlib.sha256(uri.encode()).hexdigest()[:16]
     if mark and "://" in store_uri and is_key(key) and not Path(uri.removeprefix("file://")).exists():
-        return _downloaded(open_store(store_uri).stream(key), place / key.rpartition("/")[2])
+        path = place / key.rpartition("/")[2]
+        if not path.exists():
+            write_pieces(open_store(store_uri).stream(key), path)
+        return path
     if not uri.startswith("s3://"):
         with reading(uri, kind):
             path = local_path(uri)
@@ -81,25 +84,16 @@ def fetch(uri: str, folder: Path, kind: InputKind = CHECKPOINT) -> Path:
     store = open_store(uri)
     if not isinstance(store, S3Store) or not store.prefix:
         raise kind.error(f"{uri} names a bucket; expected s3://bucket/path/to/file.")
-    return _downloaded(store.own_object(), place / Path(store.prefix.rstrip("/")).name)
-
-
-def _downloaded(pieces: Iterator[bytes], path: Path) -> Path:
-    """Write what comes piece by piece; under its name only when it is whole."""
+    path, cache = place / Path(store.prefix.rstrip("/")).name, node_cache()
     if path.exists():
         return path
-    partial, folder = path.with_name(f"{path.name}.partial"), path.parent
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = partial.open("wb")
-    try:
-        for piece in pieces:  # what a store raises is the store's
-            with writing(folder):
-                file.write(piece)
-    finally:
-        with writing(folder):
-            file.close()
-    return partial.replace(path)
+    if cache is not None:
+        cache.place(uri, store, path)
+        return path
+    with store.open_own() as opened:
+        assert opened is not None, "asked without an ETag"
+        write_pieces(opened.pieces, path)
+    return path
 
 
 def stored_file(store_uri: str, key: str) -> str:
@@ -130,28 +124,6 @@ def reading(name: str, kind: InputKind = CHECKPOINT) -> Iterator[None]:
         raise kind.error(f"{name} does not fit into this machine's memory.") from error
     except Exception as error:
         raise kind.error(f"{name} cannot be read as {kind.read_as}: {one_line(error)}.") from error
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the system says while a file in the temporary folder is written into one line.
-
-    Raises:
-        ScratchFull: there is no room left.
-        ScratchError: it cannot be written for another reason.
-
-    """
-    try:
-        yield
-    except (WorkError, StorageError):
-        raise
-    except Exception as error:
-        told = _NUMBER.search(one_line(error))
-        if isinstance(error, OSError):
-            raise ScratchError.of(folder, error) from error
-        if told is not None:
-            raise ScratchError.of(folder, OSError(int(told[1]), one_line(error))) from error
-        raise ScratchError(f"The temporary folder {folder}: {one_line(error)}.") from error
 
 
 def require_room(folder: Path, size_bytes: int, what: str) -> None:

@@ -29,8 +29,9 @@ from storage.layout import is_blob_key
 from storage.stores.uri import open_store
 from storage.tensor_file import is_shape
 from workers.errors import CheckpointError, printable
-from workers.inputs.files import reading, writing
+from workers.inputs.files import reading
 from workers.inputs.values import check_values
+from workers.inputs.writing import writing
 from workers.tasks import TensorSource
 
 HEADER_CAP_BYTES = 100_000_000  # the format's own cap

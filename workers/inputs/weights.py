@@ -13,8 +13,8 @@ from storage.manifest import Digest, Library, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.inputs.checkpoint import pretrained_state, random_state, save_state
-from workers.inputs.files import writing
 from workers.inputs.tensors import TensorReader
+from workers.inputs.writing import writing
 from workers.scratch import scratch
 from workers.tasks import TensorSource
 
