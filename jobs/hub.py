@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.errors import JobError
 from jobs.result import REPORT, level_name
+from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.device.bundle import documents_of
 from storage.errors import NotFound
@@ -19,7 +20,6 @@ from storage.stores.local import LocalStore
 from workers import runtime
 from workers.float_weights import float_network
 from workers.inputs import networks
-from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 
 OWN_STORE = "nestquant"

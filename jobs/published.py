@@ -10,6 +10,7 @@ from jobs.events import Event, Listener
 from jobs.result import level_name
 from jobs.stages.publishing import EXPORT_TOOLS
 from jobs.versions import tool_versions
+from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.manifest import Engine, Manifest
 from storage.registry import Published, Registry
@@ -18,7 +19,6 @@ from workers import runtime
 from workers.engines.export import ExportTask, RangeImages, export_version
 from workers.inputs import networks
 from workers.inputs.images import fetch_images
-from workers.inputs.networks import Preprocessing
 from workers.measure import Measured, measure_mode
 from workers.scratch import scratch
 

@@ -5,7 +5,9 @@ it.
 from __future__ import annotations
 
 import re
+import traceback
 import unicodedata
+from pathlib import Path
 
 _USERINFO = re.compile(r"(?<=://)[^/?#@\s'\"]*:?[^/?#@\s'\"]*@")
 _SECRET_VALUE = re.compile(
@@ -53,3 +55,26 @@ def _shown(character: str) -> str:
     if character in "\n\t\u200c\u200d":
         return character
     return "\ufffd" if unicodedata.category(character) in ("Cc", "Cf", "Cs") else character
+
+
+def in_one_line(text: str, *, most: int = 300) -> str:
+    """Return text that fits into one line of a message: no control characters, no halves of characters, cut short."""
+    clean = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    return clean if len(clean) <= most else f"{clean[:most]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """Return ``Kind: what it says`` in one line, for an error that somebody else's code raised.
+
+    One that says nothing, as an assertion, is told by the line of code that raised it.
+    """
+    try:
+        text = str(error).strip()
+    except Exception:  # an error whose own text fails is still an error of its kind
+        text = ""
+    kind = type(error).__name__
+    if text:
+        return f"{kind}: {in_one_line(text.splitlines()[0])}"
+    raised = traceback.extract_tb(error.__traceback__)[-1:]
+    places = (f" at {in_one_line(at.line or '?')!r} ({Path(at.filename).name}:{at.lineno})" for at in raised)
+    return kind + "".join(places)

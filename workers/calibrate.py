@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestquant.engines.images import Preprocessing
 from nestquant.observers import Histogram
 from storage.manifest import Record
 from workers.forward import check_input, run_network
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
-from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
 from workers.threads import threads

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import difflib
 import errno
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage import wording
 from storage.wording import bounded
+
+one_line, printable = wording.one_line, wording.in_one_line
 
 
 class WorkError(Exception):
@@ -118,28 +120,6 @@ def shown(names: Sequence[str], *, most: int = 6) -> str:
     return ", ".join(printable(name) for name in names[:most]) + rest
 
 
-def printable(text: str, *, most: int = 300) -> str:
-    """Return text that fits into one line of a message: no control characters, no halves of characters, cut short."""
-    clean = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-    return clean if len(clean) <= most else f"{clean[:most]}..."
-
-
 def system_line(error: OSError) -> str:
     """Return what the operating system said, in one line."""
     return printable(str(error.strerror or "")).strip() or one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """Return ``Kind: what it says`` in one line, for an error that somebody else's code raised.
-
-    One that says nothing, as an assertion, is told by the line of code that raised it.
-    """
-    try:
-        text = str(error).strip()
-    except Exception:  # an error whose own text fails is still an error of its kind
-        text = ""
-    kind = type(error).__name__
-    if text:
-        return f"{kind}: {printable(text.splitlines()[0])}"
-    raised = traceback.extract_tb(error.__traceback__)[-1:]
-    return kind + "".join(f" at {printable(at.line or '?')!r} ({Path(at.filename).name}:{at.lineno})" for at in raised)

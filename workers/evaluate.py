@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nestquant.engines.images import Preprocessing
 from workers.errors import DataError, WorkError
 from workers.forward import run_network
 from workers.inputs.images import ImageSet
-from workers.inputs.networks import Preprocessing
 
 DOUBT = 0.01
 """A verdict that a network answers by chance is wrong in at most so many of the cases that it concerns."""

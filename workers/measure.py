@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.manifest import Record
 from storage.stores.uri import open_store
@@ -15,7 +16,6 @@ from workers.errors import DataError
 from workers.evaluate import Accuracy, chance_fault, top1
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import ImageSet, fetch_images
-from workers.inputs.networks import Preprocessing
 from workers.scratch import scratch
 from workers.tasks import NetworkRef
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
+from nestquant.engines.images import Preprocessing
 from nestquant.moments import Moments, has_columns, input_columns
 from nestquant.quantize import quantize_weight
 from storage.manifest import Record
@@ -25,7 +26,6 @@ from workers.errors import WorkError
 from workers.forward import check_input, network_boundary
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
-from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
 from workers.lanes import Lanes, Walk
 from workers.ledger import Ledger

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
 from nestquant.config import NestConfig
+from nestquant.engines.images import Preprocessing
 from nestquant.modules import from_float
 from nestquant.moments import Moments, has_columns, input_columns
 from nestquant.quantize import QuantizedWeight, quantize_weight
@@ -31,7 +32,6 @@ from workers.errors import DataError, WorkError
 from workers.forward import check_input, run_network
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images, spread
-from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import open_tensors
 from workers.ledger import Ledger
 from workers.pieces import PieceCode

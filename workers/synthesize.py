@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from nestquant.engines.images import Preprocessing
 from nestquant.norm_statistics import NormSums, NotFinite, put_statistics, take_statistics
 from nestquant.synthetic import synthetic_images
 from storage.digest import digest_bytes
@@ -25,7 +26,6 @@ from storage.tensor_file import load_tensors, save_tensors
 from workers.errors import DataError, WorkError
 from workers.forward import extents, network_boundary
 from workers.inputs.checkpoint import open_network
-from workers.inputs.networks import Preprocessing
 from workers.ledger import Ledger
 from workers.tasks import TaskContext
 from workers.threads import threads

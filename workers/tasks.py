@@ -31,7 +31,7 @@ class TensorSource:
 class NetworkRef(Record):
     """A float network as every task names it: its architecture, where its weights lie, how images become its inputs.
 
-    ``preprocessing`` as in ``workers.inputs.networks.Preprocessing``.
+    ``preprocessing`` as in ``nestquant.engines.images.Preprocessing``.
     """
 
     library: str

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jobs.errors import PlanError
 from jobs.spec.job import PreprocessSpec
 from jobs.spec.model import ModelSpec
+from nestquant.engines.images import Preprocessing
 from nestquant.surgery import LayerScan, execution_order, find_layers
 from storage.layout import blob_key
 from storage.registry import Registry
@@ -26,7 +27,6 @@ from workers.inputs import networks
 from workers.inputs.checkpoint import to_safetensors
 from workers.inputs.files import fetch
 from workers.inputs.fit import Architecture, check_fit, check_shapes
-from workers.inputs.networks import Preprocessing
 from workers.inputs.tensors import TensorInfo, TensorReader
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.tasks import NetworkRef, TensorSource

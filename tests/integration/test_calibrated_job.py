@@ -20,6 +20,7 @@ from jobs.errors import SpecError
 from jobs.events import Event
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
+from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -27,7 +28,6 @@ from workers import reconstruct, runtime
 from workers.executor import InProcessExecutor
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images
-from workers.inputs.networks import Preprocessing
 from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.solutions import read_solution
 from workers.tasks import PieceTask, TensorSource

@@ -14,6 +14,7 @@ from jobs.driver import run_job
 from jobs.errors import PlanError
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
+from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.errors import NotFound
 from storage.registry import Registry
@@ -21,7 +22,6 @@ from storage.stores.uri import open_store
 from workers import runtime
 from workers.errors import DataError
 from workers.executor import InProcessExecutor
-from workers.inputs import networks
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images
 from workers.on_ray.executor import RayExecutor, RaySettings
@@ -174,7 +174,7 @@ def device(published: tuple[JobResult, str], tmp_path_factory: pytest.TempPathFa
 
 
 def outputs(network: torch.nn.Module, images: Path) -> torch.Tensor:
-    manifest_size = networks.Preprocessing(32, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    manifest_size = Preprocessing(32, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     batch, _ = next(open_images(images).batches(manifest_size, batch_size=8))
     with torch.inference_mode():
         return network(batch)

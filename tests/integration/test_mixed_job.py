@@ -15,6 +15,7 @@ from jobs.errors import PlanError
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
+from nestquant.engines.images import Preprocessing
 from nestquant.quantize import quantize_weight
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -22,7 +23,6 @@ from workers import sensitivity
 from workers.executor import InProcessExecutor
 from workers.inputs.checkpoint import load_network
 from workers.inputs.images import open_images, spread
-from workers.inputs.networks import Preprocessing
 from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.sensitivity import SensitivityRecord
 from workers.tasks import TensorSource

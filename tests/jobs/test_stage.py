@@ -14,13 +14,14 @@ from typing_extensions import override
 from jobs.errors import PlanError
 from jobs.spec.job import ModelSpec, PreprocessSpec
 from jobs.stages.weights import outline, resolve_preprocessing, stage
+from nestquant.engines.images import Preprocessing
 from storage.registry import Registry
 from storage.stores.memory import MemoryStore
 from tests.storage.wrappers import Step, WatchedStore
 from workers.errors import CheckpointError, ModelError
 from workers.executor import InProcessExecutor
 from workers.inputs.checkpoint import random_state, save_state
-from workers.inputs.networks import Preprocessing, default_preprocessing
+from workers.inputs.networks import default_preprocessing
 from workers.inputs.tensors import TensorReader
 from workers.inputs.weights import make_weights
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nestquant.engines.images import Preprocessing
 from workers.errors import DataError, WorkError
 from workers.evaluate import Accuracy, chance_fault, top1
 from workers.inputs.images import ImageSet, open_images
-from workers.inputs.networks import Preprocessing
 
 PLAIN = Preprocessing(size=8, resize=None, mean=(0.0,), std=(1 / 255,))
 

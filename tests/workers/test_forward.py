@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typing_extensions import override
 
+from nestquant.engines.images import Preprocessing
 from workers.calibrate import CalibrateTask, observe
 from workers.errors import ModelError, WorkError, one_line
 from workers.evaluate import top1
 from workers.forward import run_network
 from workers.inputs.checkpoint import random_state, save_state
 from workers.inputs.images import open_images
-from workers.inputs.networks import Preprocessing, build
+from workers.inputs.networks import build
 from workers.inputs.tensors import TensorSource
 from workers.reconstruct import Member, MemberTask
 from workers.sensitivity import SensitivityTask, measure_layer

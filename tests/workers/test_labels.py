@@ -20,12 +20,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from nestquant.engines.images import Preprocessing
 from storage.stores.uri import open_store
 from workers.errors import DataError
 from workers.inputs.files import stored_file
 from workers.inputs.images import ImageSet, fetch_images, open_images
 from workers.inputs.labels import IMAGE_SUFFIXES, Listing, by_table
-from workers.inputs.networks import Preprocessing
 
 PLAIN = Preprocessing(size=8, resize=None, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

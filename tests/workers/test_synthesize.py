@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from nestquant.engines.images import Preprocessing
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import DataError
 from workers.inputs.checkpoint import load_network, random_state, save_state
 from workers.inputs.files import fetch, stored_file
 from workers.inputs.images import open_images
-from workers.inputs.networks import Preprocessing
 from workers.synthesize import JoinTask, SynthesizeTask, SyntheticRecord, find_synthetic, join, synthesize
 from workers.tasks import NetworkRef, TaskContext, TensorSource
 

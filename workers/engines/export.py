@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from nestquant.engines.images import Preprocessing
 from nestquant.observers import Histogram, activation_range
 from storage.engine_layout import build_layout
 from storage.manifest import (
@@ -27,7 +28,6 @@ from workers.engines.graph import EngineGraph, LayerGrid, with_outputs
 from workers.engines.trace import IMAGE, trace
 from workers.errors import WorkError
 from workers.inputs.images import fetch_images
-from workers.inputs.networks import Preprocessing
 from workers.pieces import Grid, PieceCode
 from workers.scratch import scratch
 

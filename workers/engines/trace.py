@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nestquant.engines.images import Preprocessing
 from storage.manifest import ModelRecord
 from workers.errors import ModelError, one_line
 from workers.inputs import networks
-from workers.inputs.networks import Preprocessing
 
 if TYPE_CHECKING:
     import onnx

@@ -13,6 +13,7 @@ import posixpath
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Protocol
 import torch
 from PIL import Image
 
+from nestquant.engines.images import ImageFault, Preprocessing, decode, image_fault, to_input
 from workers.errors import DataError, one_line, printable
 from workers.inputs.arrays import NpzReader, array_labels
 from workers.inputs.files import IMAGES, fetch, reading
@@ -36,8 +38,6 @@ from workers.inputs.labels import (
     is_junk,
     root_of,
 )
-from workers.inputs.networks import Preprocessing
-from workers.inputs.pixels import ImageFault, decode, image_boundary, to_input
 
 
 class _Reader(Protocol):
@@ -93,7 +93,7 @@ class ImageSet:
                 name = printable(self.names[index])
                 try:
                     with image_boundary(name):
-                        images.append(to_input(self.reader.load(index), preprocessing))
+                        images.append(torch.from_numpy(to_input(self.reader.load(index), preprocessing)))
                 except ImageFault as fault:
                     self.skipped.append((name, str(fault)))
                     continue
@@ -180,6 +180,27 @@ class ImageSet:
 
 
 _NO_DIGEST = bytes(32)
+
+
+@contextmanager
+def image_boundary(name: str) -> Iterator[None]:
+    """Turn whatever is raised inside into one line.
+
+    Raises:
+        ImageFault: the image is at fault.
+        DataError: the machine is; it names the image.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        fault = image_fault(error)
+        if fault is None:
+            raise DataError(f"Image {name} cannot be read on this machine: {one_line(error)}; try again.") from error
+        if fault is error:
+            raise
+        raise fault from error
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -8,55 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from storage.manifest import Interpolation
+from nestquant.engines.images import Preprocessing, sides_of
 from workers.errors import ModelError, nearest, one_line
 from workers.inputs.arguments import check_arguments
 from workers.inputs.budget import bounded
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes a network's input.
-
-    ``size`` and ``resize`` are pixels, one number for a square or ``(height, width)``. The image is shrunk until it
-    just covers ``resize`` where it is larger (never enlarged), then ``size`` is cut from its centre, scaled to [0, 1]
-    and normalised per channel. An image smaller than ``size`` is enlarged until it covers it.
-    """
-
-    size: int | tuple[int, int]
-    resize: int | tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: Interpolation = "bilinear"
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Return the shape of one input: channels, height, width."""
-        return (len(self.mean), *_sides(self.size))
-
-    @property
-    def cover(self) -> tuple[int, int] | None:
-        """Return height and width of ``resize``."""
-        return None if self.resize is None else _sides(self.resize)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return it as plain JSON values, as the manifest keeps it."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> Preprocessing:
-        """Return what ``to_record`` wrote."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
-        }
-        return cls(**values)
 
 
 def build(
@@ -199,7 +160,7 @@ def _timm_preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Prepr
     config = timm.data.resolve_model_data_config(model)
     asked = arguments.get("img_size")
     channels = int(arguments.get("in_chans") or config["input_size"][0])
-    height, width = config["input_size"][-2:] if asked is None else _sides(asked)
+    height, width = config["input_size"][-2:] if asked is None else sides_of(asked)
     config = timm.data.resolve_model_data_config(model, args={"input_size": (channels, int(height), int(width))})
     _, height, width = config["input_size"]
     crop = float(config["crop_pct"])
@@ -216,12 +177,6 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Return the values, or their average for each channel where there are more or fewer."""
     numbers = tuple(float(value) for value in values)
     return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    """Return height and width of what is one number or two."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
 
 
 def _square(sides: tuple[int, int]) -> int | tuple[int, int]:

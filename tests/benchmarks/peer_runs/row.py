@@ -26,10 +26,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from nestquant.engines.images import Preprocessing
 from tests.benchmarks.peer_runs.names import ANSWER
 from workers.evaluate import top1
 from workers.inputs.images import open_images
-from workers.inputs.networks import Preprocessing, build
+from workers.inputs.networks import build
 
 PRODUCTS = {torch.nn.functional.conv2d, torch.conv2d, torch.nn.functional.linear}
 

@@ -1,22 +1,21 @@
 """One image file's bytes to one input: decoded, turned upright, brought to 8 bits a channel, cut and normalised.
 
-The only place where images are decoded. Whatever a file makes the decoders raise ends as one line about that file
-(`ImageFault`); what is the machine's trouble, not the file's, ends the task (`DataError`).
+The only place where images are decoded, by the service and by devices, with Pillow and numpy alone. Whatever a file
+makes the decoders raise comes to one line about that file (`ImageFault`), unless it is the machine's trouble.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO
+from dataclasses import asdict, dataclass
+from typing import IO, Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from workers.errors import DataError, one_line
-from workers.inputs.networks import Preprocessing
+from storage.manifest import Interpolation
+from storage.wording import one_line
 
 MAX_ENLARGED_PIXELS = 2**26
 """Pixels of an enlarged image, at most (200 MB): a strip of 1 x 100,000 pixels would grow to 224 x 22,400,000."""
@@ -69,25 +68,54 @@ class ImageFault(Exception):
     """One image cannot be used; the message says why in one line."""
 
 
-@contextmanager
-def image_boundary(name: str) -> Iterator[None]:
-    """Turn whatever is raised inside into one line.
-
-    Raises:
-        ImageFault: the image is at fault.
-        DataError: the machine is: no memory, no more open files, a disk or mount that fails; it names the image.
+def image_fault(error: Exception) -> ImageFault | None:
+    """Return what an error says of the image that was read; None where it says nothing of it, but of the machine: no
+    memory, no more open files, a disk or mount that fails.
     """
-    try:
-        yield
-    except (ImageFault, DataError):
-        raise
-    except UnidentifiedImageError as error:  # its own text ends with an address in memory
-        raise ImageFault("UnidentifiedImageError: no image of a format known here") from error
-    except Exception as error:
-        machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE)
-        if machine:
-            raise DataError(f"Image {name} cannot be read on this machine: {one_line(error)}; try again.") from error
-        raise ImageFault(one_line(error)) from error
+    if isinstance(error, ImageFault):
+        return error
+    if isinstance(error, UnidentifiedImageError):  # its own text ends with an address in memory
+        return ImageFault("UnidentifiedImageError: no image of a format known here")
+    machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE)
+    return None if machine else ImageFault(one_line(error))
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network's input.
+
+    ``size`` and ``resize`` are pixels, one number for a square or ``(height, width)``. The image is shrunk until it
+    just covers ``resize`` where it is larger (never enlarged), then ``size`` is cut from its centre, scaled to [0, 1]
+    and normalised per channel. An image smaller than ``size`` is enlarged until it covers it.
+    """
+
+    size: int | tuple[int, int]
+    resize: int | tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Return the shape of one input: channels, height, width."""
+        return (len(self.mean), *sides_of(self.size))
+
+    @property
+    def cover(self) -> tuple[int, int] | None:
+        """Return height and width of ``resize``."""
+        return None if self.resize is None else sides_of(self.resize)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return it as plain JSON values, as the manifest keeps it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Preprocessing:
+        """Return what ``to_record`` wrote."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in record.items()
+        }
+        return cls(**values)
 
 
 def decode(stream: IO[bytes]) -> Image.Image:
@@ -95,7 +123,7 @@ def decode(stream: IO[bytes]) -> Image.Image:
 
     Raises:
         ImageFault: its mode has no known scale (`to_8_bits`).
-        Exception: whatever Pillow's decoders raise; see ``image_boundary``.
+        Exception: whatever Pillow's decoders raise; see `image_fault`.
     """
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
@@ -130,7 +158,7 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+def to_input(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """Turn one image into float32 (C, H, W), normalised.
 
     Raises:
@@ -153,7 +181,7 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
     pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
     mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
     normalised = (pixels - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -162,3 +190,9 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF raises anything; it says nothing about the pixels
         return 1
+
+
+def sides_of(size: Any) -> tuple[int, int]:
+    """Return height and width of what is one number or two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
