@@ -203,3 +203,14 @@ def test_a_layout_is_held_against_the_manifest(tmp_path: Path) -> None:
     refused("stands twice", weight, weight)
     refused("not there, expected", bias, kept={})
     refused("begins within", weight, bias.model_copy(update={"offset": 0}))
+
+
+def test_sessions_are_silent_and_do_not_spin() -> None:
+    plain, counted = options(), options(threads=3, float_weights=True)
+    for chosen in (plain, counted):
+        assert chosen.log_severity_level == 4
+        assert chosen.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert (plain.intra_op_num_threads, counted.intra_op_num_threads) == (0, 3)
+    assert counted.get_session_config_entry("session.disable_quant_qdq") == "1"
+    with pytest.raises(RuntimeError, match="disable_quant_qdq"):
+        plain.get_session_config_entry("session.disable_quant_qdq")

@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", help="what is mutated: nestquant, or jobs/stages jobs/spec")
     parser.add_argument("--mutants", type=int, default=150, help="size of the sample")
     parser.add_argument("--minutes", type=float, default=30, help="of trials, and of recording before them")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="of tests, as recorded, that one mutant is tried against"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--again", action="store_true", help="try what has survived once more")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="tests to record and to try")
@@ -60,7 +64,7 @@ def main() -> None:
     if todo:
         # A process of its own: what the tests leave behind in it must not reach the forks.
         subprocess.run([sys.executable, "-m", "tests.mutation.run", *sys.argv[1:], "--record"], check=True)
-        _pytest(Trials(todo, covers, results, options.minutes), folder, options.tests)
+        _pytest(Trials(todo, covers, results, options.minutes, options.seconds), folder, options.tests)
     _report(options.folders, len(population), chosen, _read(results))
 
 
@@ -71,8 +75,9 @@ def _read(results: Path) -> dict[str, Verdict]:
 
 def _pytest(plugin: object, folder: Path, tests: list[str]) -> None:
     words = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow and not gpu", "--hypothesis-profile", "mutation"]
-    words += ["-W", "ignore", "--basetemp", str(folder / "tmp"), *tests]
-    code = pytest.main(words, plugins=[plugin])
+    with tempfile.TemporaryDirectory(prefix="tmp-", dir=folder, ignore_cleanup_errors=True) as temporary:
+        words += ["-W", "ignore", "--basetemp", f"{temporary}/base", *tests]
+        code = pytest.main(words, plugins=[plugin])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(f"pytest ended with {code!r}")
 

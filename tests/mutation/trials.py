@@ -26,8 +26,6 @@ import pytest
 from tests.mutation.covers import Cover, Covers, is_left_out
 from tests.mutation.mutants import Mutant
 
-MOST_SECONDS = 60.0
-"""Of tests, as recorded, that one mutant is tried against: the quickest that fit."""
 MOST_BYTES = 8 << 30
 """Of memory that a mutant may take beside what the process has."""
 _MOST_UNSOUND = 20
@@ -131,9 +129,12 @@ def _compile_again(module: types.ModuleType) -> None:
 class Trials:
     """pytest plugin: tries mutants in the place of running the collected tests once."""
 
-    def __init__(self, mutants: Sequence[Mutant], covers: Covers, results: Path, minutes: float) -> None:
+    def __init__(
+        self, mutants: Sequence[Mutant], covers: Covers, results: Path, minutes: float, seconds: float
+    ) -> None:
         self.mutants = mutants
         self.covers = covers
+        self.seconds = seconds
         self.results = results
         self.log = results.with_suffix(".log")
         self.stop = time.monotonic() + 60 * minutes
@@ -176,7 +177,7 @@ class Trials:
         covers = [c for c in self.covers.of(mutant) if c.test in self.items and c.test not in self.unsound]
         chosen, seconds = [], 0.0
         for cover in covers:
-            if chosen and seconds + cover.seconds > MOST_SECONDS:
+            if chosen and seconds + cover.seconds > self.seconds:
                 break
             chosen.append(cover)
             seconds += cover.seconds

@@ -221,3 +221,18 @@ def test_a_nested_layer_adds_the_bias_of_the_level_that_runs() -> None:
     assert half.nested.biases is not None
     assert half.nested.biases.dtype == torch.float16
     assert torch.equal(half.nested.biases, weight.biases)
+
+
+def test_inputs_of_equal_strength_are_rounded_in_their_order() -> None:
+    inputs = 200
+    mixed = random(inputs, inputs, seed=8).double()
+    correlation = torch.corrcoef(mixed)
+    equal = correlation.fill_diagonal_(1.0)[None]
+    # The same, with each input stronger than the next by next to nothing.
+    ordered = equal + torch.diag_embed(1e-12 * torch.arange(inputs, 0, -1, dtype=torch.float64))
+    x = 3 * random(1, 4, inputs, seed=9).double()
+    bound = torch.full_like(x, 100)
+    q = error_feedback_round(x, second=equal, low=-bound, high=bound)
+    assert torch.equal(q, error_feedback_round(x, second=ordered, low=-bound, high=bound))
+    backwards = equal + torch.diag_embed(1e-12 * torch.arange(inputs, dtype=torch.float64))
+    assert not torch.equal(q, error_feedback_round(x, second=backwards, low=-bound, high=bound))

@@ -383,3 +383,18 @@ def test_a_gpu_computes_the_weights_of_the_cpu() -> None:
         set_level(moved, level)
         assert torch.equal(moved.weight.cpu(), weight.dequantize(level))
     del layer
+
+
+def test_a_class_of_nested_layers_reads_weight_and_bias_of_the_active_level() -> None:
+    class Fused(NestedLayer, nn.Linear, parameter="weight"):
+        pass
+
+    class Projection(NestedLayer, nn.MultiheadAttention, parameter="in_proj_weight"):
+        pass
+
+    assert (Fused.parameter, Projection.parameter) == ("weight", "in_proj_weight")
+    for owner, name in ((Fused, "weight"), (Fused, "bias"), (Projection, "in_proj_weight")):
+        assert isinstance(vars(owner)[name], property)
+    assert "bias" not in vars(Projection)
+    assert vars(Fused)["weight"].__doc__ == "The float weight of the active level."
+    assert vars(Fused)["bias"].__doc__ == "The bias of the active level."

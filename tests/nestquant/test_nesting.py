@@ -100,3 +100,12 @@ def test_rows_are_independent() -> None:
     for part, part_rows in zip(whole.parts, rows.parts, strict=True):
         assert torch.equal(part[3:8], part_rows)
     assert torch.equal(whole.qparams.scale[3:8], rows.qparams.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_integers_of_any_width_come_apart_into_int8(dtype: torch.dtype) -> None:
+    q = torch.tensor([[-128, -1], [0, 127]])
+    parts = decompose(q.to(dtype), (8, 6, 4))
+    assert [part.dtype for part in parts] == [torch.int8] * 3
+    assert all(torch.equal(*pair) for pair in zip(parts, decompose(q.to(torch.int8), (8, 6, 4)), strict=True))
+    assert torch.equal(recompose([part.to(dtype) for part in parts], (8, 6, 4)), q.to(torch.int8))

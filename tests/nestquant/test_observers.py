@@ -163,3 +163,11 @@ def test_bad_observers_are_refused() -> None:
         activation_range(histogram, observer="percentile", percentile=20)
     with pytest.raises(ValueError, match="sigmas"):
         activation_range(histogram, observer="sigma", sigmas=-1)
+
+
+def test_values_of_other_types_are_counted_as_the_float32_that_they_round_to() -> None:
+    # Just below 1 in float64, 1 in float32: another bin, another exponent.
+    value = np.array([1 - 2.0**-30])
+    assert float(value.astype(np.float32)[0]) == 1.0
+    assert _same(Histogram.of(value), Histogram.of(np.ones(1, np.float32)))
+    assert _same(Histogram.of(torch.from_numpy(value)), Histogram.of(np.ones(1, np.float32)))

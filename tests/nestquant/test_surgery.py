@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from nestquant.surgery import (
@@ -190,3 +191,11 @@ def test_kind_of() -> None:
     assert kind_of(timm.layers.Conv2dSame(2, 2, 3)) == ("conv2d", "weight")
     assert kind_of(timm.layers.ScaledStdConv2d(2, 2, 3)) == ("conv2d", "weight")
     assert kind_of(nn.BatchNorm2d(2)) is None
+
+
+def test_a_layer_of_which_only_the_bias_is_computed_is_quantized() -> None:
+    layer = nn.Linear(3, 4)
+    parametrize.register_parametrization(layer, "bias", nn.Identity())
+    scan = find_layers(nn.Sequential(layer))
+    assert [(site.name, site.kind, site.shape) for site in scan.layers] == [("0", "linear", (4, 3))]
+    assert scan.kept_float == ()

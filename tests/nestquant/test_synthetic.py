@@ -61,3 +61,54 @@ def test_a_leaf_covers_the_points_within_its_outline(monkeypatch: pytest.MonkeyP
 def test_what_makes_no_image_is_refused(count: int, size: int, std: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="expected 1 or more"):
         synthetic_images(count, size, mean=MEAN, std=std, seed=0)
+
+
+def test_a_seed_stands_for_these_images() -> None:
+    """Versions made from synthetic images can be made again; a last bit of a sine may move a pixel by one."""
+    colour = [
+        [154, 165, 133, 123, 106, 65, 128, 102, 89, 122, 122, 126, 113, 121, 131],
+        [123, 97, 98, 179, 162, 162, 117, 89, 59, 45, 0, 0, 109, 123, 93],
+        [100, 78, 37, 109, 82, 50, 93, 71, 31, 155, 125, 84, 255, 196, 255],
+        [133, 124, 130, 146, 150, 159, 171, 199, 151, 125, 73, 71, 137, 137, 142],
+        [138, 174, 140, 109, 143, 126, 170, 215, 161, 88, 67, 32, 149, 146, 148],
+    ]
+    images = synthetic_images(2, 5, mean=MEAN, std=STD, seed=7)
+    assert (images[0].flatten(1).int() - torch.tensor(colour)).abs().max() <= 1
+    grey = [
+        [134, 117, 128, 108, 111, 199],
+        [80, 76, 33, 106, 193, 93],
+        [84, 58, 61, 145, 147, 29],
+        [115, 85, 197, 137, 134, 89],
+        [121, 130, 132, 73, 124, 100],
+        [191, 100, 210, 185, 126, 92],
+    ]
+    (image,) = synthetic_images(1, 6, mean=(0.5,), std=(0.25,), seed=8)
+    assert (image[..., 0].int() - torch.tensor(grey)).abs().max() <= 1
+
+
+def test_leaves_lie_all_over_the_image_and_are_long_or_round() -> None:
+    leaves = synthetic._fall(50, 3, torch.Generator().manual_seed(0))
+    along, across = leaves.along.double()[:, 1:], leaves.across.double()[:, 1:]
+    long, short = 1 / along[..., :2].norm(dim=-1), 1 / across[..., :2].norm(dim=-1)
+    # Of 14,950 leaves: radii from 0.02 to 0.5, half of them below 0.0283; axes from 0.3 to 1 times as long, evenly.
+    assert 0.02 <= long.min() < 0.0201
+    assert 0.4 < long.max() <= 0.5
+    assert abs(long.median() - 0.0283) < 0.0005
+    ratio = short / long
+    assert 0.3 - 1e-5 <= ratio.min() < 0.301
+    assert 0.999 < ratio.max() < 1 + 1e-5
+    assert abs(ratio.mean() - 0.65) < 0.005
+    assert abs(torch.corrcoef(torch.stack([ratio.flatten(), long.flatten()]))[0, 1]) < 0.03
+    # The middle is where both planes are zero: from -0.1 to 1.1 both ways, evenly, and independent of the axes.
+    planes = torch.stack([along, across], dim=-2)
+    middle = torch.linalg.solve(planes[..., :2], -planes[..., 2])
+    for at in (middle[..., 0], middle[..., 1]):
+        assert -0.1 - 1e-4 < at.min() < -0.099
+        assert 1.099 < at.max() < 1.1 + 1e-4
+        assert abs(at.mean() - 0.5) < 0.01
+        assert abs(torch.corrcoef(torch.stack([ratio.flatten(), at.flatten()]))[0, 1]) < 0.03
+    assert abs(leaves.square[:, 1:].double().mean() - 0.4) < 0.015
+    # The first covers everything: a circle of radius 1 around the middle of the image.
+    first = torch.stack([leaves.along[:, 0], leaves.across[:, 0]], dim=1)
+    assert torch.allclose(first[..., :2].norm(dim=-1), torch.ones(50, 2))
+    assert torch.allclose(first @ torch.tensor([0.5, 0.5, 1.0]), torch.zeros(50, 2), atol=1e-6)
