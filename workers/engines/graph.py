@@ -18,14 +18,12 @@ from onnx import helper, numpy_helper
 
 from storage.engine_layout import EngineTensor, Layout, aligned
 from storage.manifest import ActivationRange, FloatRecord, LayerRecord
+from workers.engines.sites import Site, attribute, consumers, find_site, norm_behind, tensors_between
 from workers.engines.trace import ANSWER, IMAGE
 from workers.errors import WorkError
 
 WEIGHTS_FILE = "weights.bin"
 Array = npt.NDArray[Any]
-_RECTIFIERS = ("Relu", "Clip")
-_JOINS = {"Add": 2, "Concat": None, "AveragePool": 1, "MaxPool": 1, "GlobalAveragePool": 1}
-"""What the engine does on integers where all of the first so many inputs are integers."""
 _LARGEST_BIAS = 2**31 - 1
 _LEAST_SCALE = 1e-20
 """Of a channel without products or bias: it has to be above 0, and so has its product with an input's step."""
@@ -41,30 +39,6 @@ class LayerGrid:
     biases: Array | None
 
 
-@dataclass
-class _Site:
-    """Where a layer is in the graph: the node that multiplies by its weight, and how.
-
-    ``direct``: the node takes the weight as it is, so that it can run on integers. ``axis`` is that of the output
-    channel in the tensor of the graph; ``transposed`` names the result of a Transpose that the integers stand for.
-    """
-
-    record: LayerRecord
-    node: onnx.NodeProto
-    order: Literal["out_in", "in_out"]
-    direct: bool
-    transposed: str | None = None
-
-    @property
-    def axis(self) -> int:
-        return 0 if self.order == "out_in" else 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.record.shape
-        return (shape[1], shape[0], *shape[2:]) if self.transposed is not None else shape
-
-
 class EngineGraph:
     """One graph on its way; `sites` are checked when it is made, before any weight is read."""
 
@@ -74,82 +48,16 @@ class EngineGraph:
         self.graph = self.model.graph
         # Held in a list, so that each node keeps its identity.
         self.nodes = list(self.graph.node)
-        self.sites = [site for layer in layers if (site := self._site(layer)) is not None]
+        self.sites = [site for layer in layers if (site := find_site(self.nodes, layer)) is not None]
         self.tensors: list[EngineTensor] = []
         self.values: dict[str, Array] = {}
         self.constants: dict[str, Array] = {}
         self.kept: list[FloatRecord] = []
         self._offset = 0
-        self._between = self._tensors_between()
+        self._between = tensors_between(self.nodes, self.sites)
         self._quantized: dict[tuple[str, float, int], str] = {}
         self._before: dict[int, list[onnx.NodeProto]] = defaultdict(list)
         self._behind: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-
-    # finding
-
-    def consumers(self, name: str) -> list[onnx.NodeProto]:
-        """Return the nodes that read a tensor, in order."""
-        return [node for node in self.nodes if name in node.input]
-
-    def _site(self, layer: LayerRecord) -> _Site | None:
-        """Return where a layer is; None where the network never uses it. Raises `WorkError` naming the layer."""
-        users = self.consumers(layer.parameter)
-        if not users:
-            return None
-        node = users[0]
-        place = list(node.input).index(layer.parameter)
-        alone = len(users) == 1 and list(node.input).count(layer.parameter) == 1
-        if alone and node.op_type == "Conv" and place == 1:
-            return _Site(layer, node, "out_in", direct=True)
-        if alone and node.op_type == "ConvTranspose" and place == 1:
-            if layer.groups != 1:
-                raise WorkError(
-                    f"Layer {layer.name!r}: ONNX has no scale for each output channel of a transposed convolution of "
-                    f"{layer.groups} groups; leave it float (quantize.ignore), or export for no engine."
-                )
-            return _Site(layer, node, "in_out", direct=True)
-        if alone and node.op_type == "Gemm" and place == 1 and _attribute(node, "transB", 0) == 1:
-            return _Site(layer, node, "out_in", direct=True)
-        if alone and node.op_type == "Transpose" and list(_attribute(node, "perm", [1, 0])) == [1, 0]:
-            products = self.consumers(node.output[0])
-            if len(products) == 1 and products[0].op_type == "MatMul" and products[0].input[1] == node.output[0]:
-                return _Site(layer, products[0], "in_out", direct=True, transposed=node.output[0])
-        if layer.kind == "conv_transpose2d":
-            raise WorkError(
-                f"Layer {layer.name!r}: its weight is used by {node.op_type}, not by a transposed convolution alone; "
-                "leave it float (quantize.ignore), or export for no engine."
-            )
-        if layer.biases:
-            raise WorkError(
-                f"Layer {layer.name!r}: each level has a bias of its own, and its weight is used by {node.op_type}, "
-                "where it cannot be added; leave it float (quantize.ignore), or export for no engine."
-            )
-        return _Site(layer, node, "out_in", direct=False)
-
-    def _tensors_between(self) -> list[str]:
-        """Return the tensors that an engine has to have as integers to run its layers on integers: what convolutions
-        give, and what adds, joins and pools such tensors. A tensor that layers alone read is on their grid already.
-        """
-        inputs = {site.node.input[0] for site in self.sites if site.direct}
-        readers = {id(site.node) for site in self.sites if site.direct}
-        convolutions = {id(site.node) for site in self.sites if site.direct and site.node.op_type == "Conv"}
-        integers, found = set(inputs), list[str]()
-        for node in self.nodes:
-            joined = node.op_type in _JOINS and all(name in integers for name in node.input[: _JOINS[node.op_type]])
-            if id(node) not in convolutions and not joined:
-                continue
-            name = self._rectified(node)
-            integers.add(name)
-            if name != ANSWER and any(id(user) not in readers for user in self.consumers(name)):
-                found.append(name)
-        return found
-
-    def _rectified(self, node: onnx.NodeProto) -> str:
-        """Return what a node gives once BatchNorm and rectifier, which the engine fuses, had it."""
-        norm = self._norm_behind(node)
-        name = str(node.output[0] if norm is None else norm.output[0])
-        users = self.consumers(name)
-        return str(users[0].output[0]) if len(users) == 1 and users[0].op_type in _RECTIFIERS else name
 
     def unknown_ranges(self) -> dict[str, str]:
         """Return the tensors whose ranges the manifest does not hold: key in ``inner`` -> name in the graph."""
@@ -160,8 +68,6 @@ class EngineGraph:
         }
         known = {str(site.node.input[0]) for site in self.sites if site.record.activation is not None}
         return wanted | {name: name for name in self._between if name not in known}
-
-    # building
 
     def finish(
         self,
@@ -194,7 +100,7 @@ class EngineGraph:
 
     def _place(
         self,
-        site: _Site,
+        site: Site,
         state: Mapping[str, Array],
         grid: LayerGrid,
         inner: Mapping[str, ActivationRange],
@@ -202,7 +108,7 @@ class EngineGraph:
         activations: bool,
     ) -> None:
         layer, node = site.record, site.node
-        norm = self._norm_behind(node) if site.direct else None
+        norm = norm_behind(self.nodes, node) if site.direct else None
         factor, shift = (None, None) if norm is None else _folded(norm, state)
         scale = grid.scale.astype(np.float64) * (1.0 if factor is None else factor)
         step = self._quantize_input(site, inner, activations=activations) if site.direct else None
@@ -217,7 +123,7 @@ class EngineGraph:
         elif site.direct:
             _exchange(node, layer.parameter, dequantized)
         else:
-            for user in self.consumers(layer.parameter):
+            for user in consumers(self.nodes, layer.parameter):
                 _exchange(user, layer.parameter, dequantized)
         if not site.direct:
             self._keep(layer.name, f"its weight is used by {node.op_type}", wanted=activations)
@@ -228,14 +134,7 @@ class EngineGraph:
         if bias is not None:
             self._add_bias(site, bias, scale, step)
 
-    def _norm_behind(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
-        """Return the BatchNorm that takes what a convolution gives, and alone does."""
-        if node.op_type not in ("Conv", "ConvTranspose") or node.output[0] == ANSWER:
-            return None
-        users = self.consumers(node.output[0])
-        return users[0] if len(users) == 1 and users[0].op_type == "BatchNormalization" else None
-
-    def _quantize_input(self, site: _Site, inner: Mapping[str, ActivationRange], *, activations: bool) -> float | None:
+    def _quantize_input(self, site: Site, inner: Mapping[str, ActivationRange], *, activations: bool) -> float | None:
         """Put the layer's input on its grid; return the grid's step, or None where the layer runs in float."""
         layer, node = site.record, site.node
         if not activations:
@@ -278,7 +177,7 @@ class EngineGraph:
         if len(known) != 1 and found is None:
             return
         quantized = self._on_grid(name, *(grid_of(found) if found is not None else known[0]))
-        for user in self.consumers(name):
+        for user in consumers(self.nodes, name):
             _exchange(user, name, quantized)
 
     def _dequantize(self, node: onnx.NodeProto, name: str, scale_name: str, scale: Array, axis: int | None) -> str:
@@ -288,7 +187,7 @@ class EngineGraph:
         )
         return f"{name}/float"
 
-    def _add_bias(self, site: _Site, bias: Array, scale: Array, step: float | None) -> None:
+    def _add_bias(self, site: Site, bias: Array, scale: Array, step: float | None) -> None:
         """Give the layer's node its bias: float ``[levels, O]`` where the layer runs in float or adds it itself, else
         integers on the grid of the products.
         """
@@ -318,7 +217,7 @@ class EngineGraph:
         self._wire_bias(node, own, given, layer.name)
 
     def _wire_bias(self, node: onnx.NodeProto, own: str, given: str, layer: str) -> None:
-        users = self.consumers(own)
+        users = consumers(self.nodes, own)
         if node.op_type != "MatMul":
             if any(user is not node for user in users):
                 raise WorkError(f"Layer {layer!r}: its bias is used by {users[0].op_type}; leave it float.")
@@ -421,7 +320,7 @@ def grid_of(found: ActivationRange) -> tuple[float, int]:
 def _folded(norm: onnx.NodeProto, state: Mapping[str, Array]) -> tuple[Array, Array]:
     """Return factor and shift of a BatchNorm: float64 ``[O]``, ``y = factor * x + shift``."""
     gamma, beta, mean, variance = (state[name].astype(np.float64) for name in norm.input[1:5])
-    factor = gamma / np.sqrt(variance + float(_attribute(norm, "epsilon", 1e-5)))
+    factor = gamma / np.sqrt(variance + float(attribute(norm, "epsilon", 1e-5)))
     return factor, beta - mean * factor
 
 
@@ -445,11 +344,6 @@ def _wide_enough(scale: Array, bias: Array, step: float, *, products: int) -> Ar
     if products * 127 * 255 / _LARGEST_BIAS > _UNSEEN:
         return scale
     return np.where(np.abs(scale) < least, np.copysign(least * (1 + 1e-6), scale), scale)
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    found = next((one for one in node.attribute if one.name == name), None)
-    return default if found is None else helper.get_attribute_value(found)
 
 
 def _exchange(node: onnx.NodeProto, old: str, new: str) -> None:
