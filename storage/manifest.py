@@ -47,6 +47,10 @@ LayerName = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2
 LayerKind = Literal["conv1d", "conv2d", "conv_transpose2d", "linear"]
 Scheme = Literal["asymmetric", "symmetric"]
 Library = Literal["timm", "pytorchcv"]
+"""Libraries that build a network by its name."""
+
+Origin = Literal["timm", "pytorchcv", "own"]
+"""Where a network's architecture comes from: a library, or its publisher's own code, which no manifest holds."""
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Engine = Literal["onnx"]
 

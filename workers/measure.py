@@ -14,6 +14,7 @@ from storage.stores.uri import open_store
 from workers import runtime
 from workers.errors import DataError
 from workers.evaluate import Accuracy, chance_fault, top1
+from workers.inputs import own
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import ImageSet, fetch_images
 from workers.scratch import scratch
@@ -143,6 +144,8 @@ def measure_mode(
 
 def _nested(task: MeasureTask, folder: Path) -> runtime.NestedModel:
     assert task.level is not None
+    if task.network.code is not None:  # the job's own word, not the manifest's
+        own.use(task.network.code)
     if task.cache is not None:
         device = Device(Path(task.cache))
     else:

@@ -167,6 +167,7 @@ def load(
     level: int = 0,
     residency: Residency = "packed",
     verify: bool = True,
+    network: nn.Module | None = None,
 ) -> NestedModel:
     """Build the network of a version and page in its shards up to ``level``.
 
@@ -176,13 +177,17 @@ def load(
         level: 0 runs part-bit; ``manifest.level_count() - 1`` runs full-bit.
         residency: ``packed`` keeps packed integers and unpacks on each use; ``expanded`` keeps weights ready.
         verify: hash every file as it is read; False takes the files as they are, now and in later upgrades.
+        network: a float network of the version's architecture, whose weights are replaced; by default it is built by
+            name. One of the publisher's own has to be given, unless this process trusts it (`workers.inputs.own`).
 
     Raises:
-        ArtifactError: a file is not here; a tensor is missing, too many, or has the wrong length.
+        ArtifactError: the network is not that of the manifest; a file is not here; a tensor is missing, too many, or
+            has the wrong length.
         storage.StorageError: a file is damaged, or is no shard.
     """
-    _check_outline(manifest)
-    network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
+    _check_outline(manifest, network)
+    if network is None:
+        network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
     blobs = _Blobs(manifest, blob_path, verify=verify)
     _load_base(network, manifest, blobs)
     grids: dict[str, Grid] = {}
@@ -207,14 +212,14 @@ def load(
     return model
 
 
-def _check_outline(manifest: Manifest) -> None:
+def _check_outline(manifest: Manifest, network: nn.Module | None) -> None:
     """Build the network that the manifest describes without memory, and compare: a manifest is a stranger's word, and
     what its arguments ask for is taken only where it is what its layers and its count say.
     """
     model, where = manifest.model, f"{manifest.name} version {manifest.version}"
     most = _REGISTERED_MORE * (model.parameters + 1_000_000)
     try:
-        outline = networks.build(model.library, model.arch, model.kwargs, meta=True, most_values=most)
+        outline = network or networks.build(model.library, model.arch, model.kwargs, meta=True, most_values=most)
     except ModelError as error:
         raise ArtifactError(f"{where}: {error}") from error
     count = sum(parameter.numel() for parameter in outline.parameters())

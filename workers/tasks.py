@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from nestquant.config import NestConfig, Rounding
-from storage.manifest import Descriptor, LayerKind, Record, Scheme, ShardDescriptor
+from storage.manifest import Descriptor, Digest, LayerKind, Record, Scheme, ShardDescriptor
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,23 @@ class TensorSource:
         return self.name or (self.key if self.store is None else f"{self.store} {self.key}")
 
 
+class Code(Record):
+    """A function that builds a network of a team's own (`workers.inputs.own`), and the code that it stands in.
+
+    ``entry`` is ``package.module:function``, ``digest`` that of a zip at ``key`` (a path where ``store`` is None), or
+    of the installed module's file where ``key`` is None too.
+    """
+
+    entry: str
+    digest: Digest
+    store: str | None = None
+    key: str | None = None
+
+
 class NetworkRef(Record):
     """A float network as every task names it: its architecture, where its weights lie, how images become its inputs.
 
-    ``preprocessing`` as in ``nestquant.engines.images.Preprocessing``.
+    ``preprocessing`` as in ``nestquant.engines.images.Preprocessing``; ``code`` where the architecture is a team's own.
     """
 
     library: str
@@ -39,6 +52,7 @@ class NetworkRef(Record):
     kwargs: dict[str, Any]
     source: TensorSource
     preprocessing: dict[str, Any]
+    code: Code | None = None
 
     @property
     def title(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.spec.job import METHOD_VERSION, JobSpec
+from jobs.stages.code import code_of
 from jobs.versions import tool_versions
 from storage.digest import digest_bytes, digest_file, file_version
 from storage.errors import BadStoreURI
@@ -20,8 +21,10 @@ from storage.stores.s3 import S3Store
 from storage.stores.s3_errors import boto_errors, translate
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
+from workers.inputs.entry import LIBRARY
 from workers.inputs.files import CHECKPOINT, IMAGES, InputKind, local_path, reading
 from workers.inputs.images import open_images
+from workers.scratch import scratch
 
 
 def request_digest(spec: JobSpec) -> str:
@@ -39,7 +42,11 @@ def request_digest(spec: JobSpec) -> str:
     document["method"] = METHOD_VERSION
     document["model"]["revision"] = revision(spec)
     document["model"].pop("checkpoint")
-    if document["model"]["weights"] is None:  # a key of later releases: requests of earlier ones keep their digest
+    code = document["model"].pop("code")
+    if code is not None:  # a key of later releases, as is 'weights': requests without it keep their digest
+        with scratch("job") as folder:
+            document["model"]["code"] = digest_bytes(code_of(code, folder))
+    if document["model"]["weights"] is None:
         document["model"].pop("weights")
     for section in ("calibration", "evaluate"):
         if document[section] is not None:
@@ -52,6 +59,8 @@ def revision(spec: JobSpec) -> str:
     model = spec.model
     if model.checkpoint is not None:
         return _file_revision(model.checkpoint)
+    if model.library == LIBRARY:
+        return f"random_seed {model.random_seed}"
     library = f"{model.library} {tool_versions((model.library,))[model.library]}"
     return f"{library} pretrained" if model.pretrained else f"{library} random_seed {model.random_seed}"
 

@@ -17,11 +17,13 @@ from jobs.cluster.record import TERMINAL, Attempt, End, JobRecord, Progress, Sta
 from jobs.cluster.request import request_digest
 from jobs.errors import ClusterError, JobError
 from jobs.spec.job import JobSpec
+from jobs.stages.code import code_of
 from storage.digest import digest_file, digest_hex, file_version
 from storage.stores.blob_store import BlobStore, is_key
 from storage.stores.local import LocalStore
 from storage.stores.uri import open_store
 from workers.inputs.files import local_path
+from workers.scratch import scratch
 
 PENDING_TIMEOUT_S = 600.0
 _POLL_S = 1.0
@@ -160,6 +162,13 @@ def portable(spec: JobSpec, store: BlobStore) -> JobSpec:
     for section, key in (("model", "checkpoint"), ("calibration", "data"), ("evaluate", "data")):
         if document[section] is not None and document[section][key] is not None:
             document[section][key] = _reachable(document[section][key], store, f"{section}.{key}")
+    if spec.model.code is not None and not isinstance(store, LocalStore):
+        with scratch("job") as folder:
+            packed = folder / "code.zip"
+            packed.write_bytes(code_of(spec.model.code, folder))
+            document["model"]["code"] = _reachable(str(packed), store, "model.code")
+    elif spec.model.code is not None:
+        document["model"]["code"] = _reachable(spec.model.code, store, "model.code")
     return JobSpec.model_validate(document)
 
 

@@ -349,7 +349,7 @@ class JobSpec(Section):
         """Tell whether the job measures what each layer alone loses."""
         return self.quantize.mixed is not None or self.analysis is not None
 
-    def identity(self, *, source_digest: str, calibration_digest: str | None) -> str:
+    def identity(self, *, source_digest: str, calibration_digest: str | None, code_digest: str | None = None) -> str:
         """Return the job's digest: what is asked, of which bytes, by which method.
 
         Where it runs and how it is measured do not count.
@@ -362,6 +362,7 @@ class JobSpec(Section):
                 "arch": self.model.arch,
                 "kwargs": self.model.kwargs,
                 "source": source_digest,
+                **({} if code_digest is None else {"code": code_digest}),
             },
             "quantize": self.quantize.model_dump(mode="json"),
             "preprocess": self.preprocess.model_dump(mode="json"),

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from storage.manifest import Library
+from storage.manifest import Library, Origin
 from workers.errors import ModelError
 from workers.inputs.arguments import check_arguments
+from workers.inputs.entry import LIBRARY, is_entry
 
-FORMS = "timm/NAME or pytorchcv/NAME, or the keys library and arch"
+FORMS = "timm/NAME or pytorchcv/NAME, the keys library and arch, or factory: package.module:function"
 
 
 def written_out(given: dict[str, Any]) -> dict[str, Any]:
@@ -50,14 +51,19 @@ class ModelSpec(Section):
     A name alone, ``timm/resnet18``, means that network with the library's own weights; ``arch: timm/resnet18`` says
     ``library`` and ``arch`` in one.
 
+    ``factory: package.module:function`` names an architecture of one's own in the place of both: the function is called
+    with ``kwargs`` and returns a torch.nn.Module. Where it is not installed on every machine, ``code`` is its .py file,
+    its package's folder, or a .zip of these, and travels with the job.
+
     ``checkpoint`` is a .safetensors, or what torch.save wrote (a path or an s3:// URI); ``weights`` says which are
     meant where it holds both averaged ones (``ema``, the default there) and the model's own (``model``); ``pretrained``
     lets the library download its own; ``random_seed`` takes the architecture's own initialisation.
     """
 
-    library: Library
+    library: Origin
     arch: str
     kwargs: Arguments = Field(default_factory=dict)
+    code: str | None = None
     checkpoint: str | None = None
     weights: Literal["ema", "model"] | None = None
     pretrained: bool = False
@@ -76,11 +82,22 @@ class ModelSpec(Section):
             return given
         if not isinstance(given, dict):
             raise ValueError(f"expected {FORMS}")
-        return written_out(given)
+        if "factory" not in given:
+            return written_out(given)
+        if given.keys() & {"library", "arch"}:
+            raise ValueError("'factory' stands in the place of 'library' and 'arch': give one or the other")
+        return {"library": LIBRARY, "arch": given["factory"], **{k: v for k, v in given.items() if k != "factory"}}
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
+        if self.library == LIBRARY:
+            if not is_entry(self.arch):
+                raise ValueError(f"factory is {self.arch!r}; expected package.module:function, such as my_nets:build")
+            if self.pretrained:
+                raise ValueError("an architecture of one's own has no pretrained weights by name; give 'checkpoint'")
+        elif self.code is not None:
+            raise ValueError("'code' is that of a 'factory' of one's own; leave it out")
         if sum(given) != 1:
             raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
         if self.weights is not None and self.checkpoint is None:

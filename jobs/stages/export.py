@@ -27,7 +27,9 @@ def check(job: Job, executor: Executor, clock: StageClock) -> Job:
         solved = {piece.layer for piece in job.plan.solved_layers}
         layers = tuple(layer.model_copy(update={"biases": layer.name in solved}) for layer in job.plan.layers)
         tasks = [
-            CheckTask(engine=engine, model=model, layers=layers, preprocessing=preprocessing)
+            CheckTask(
+                engine=engine, model=model, layers=layers, preprocessing=preprocessing, code=job.staged.network.code
+            )
             for engine in job.spec.export.engines
         ]
         for _ in executor.map(check_export, tasks, memory_bytes=job.needs["export"].memory_bytes):
@@ -47,7 +49,13 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
         draft = draft_manifest(job)
         images = range_images(job.spec.quantize.activations, job.observation)
         tasks = [
-            ExportTask(store_uri=job.registry.store.uri, engine=engine, manifest=draft, images=images)
+            ExportTask(
+                store_uri=job.registry.store.uri,
+                engine=engine,
+                manifest=draft,
+                images=images,
+                code=job.staged.network.code,
+            )
             for engine in job.spec.export.engines
         ]
         found = dict(executor.map(export_version, tasks, memory_bytes=job.needs["export"].memory_bytes))

@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.errors import PlanError
 from jobs.events import StageClock
 from jobs.spec.job import JobSpec
+from jobs.stages.code import stage_code
 from jobs.stages.job import Job, Observation
 from jobs.stages.memory import task_needs
 from jobs.stages.plan import Plan, make_plan
@@ -35,11 +36,12 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         load_keys(spec.store.signing_keys)
         registry = Registry(open_store(spec.store.uri))
         _check_store(registry, single_writer=spec.store.single_writer)
+        kept_in = None if executor.same_machine else registry
+        code = stage_code(spec.model, folder, kept_in)
         network = outline(spec.model)
         images = _check_images(spec, folder)
     with clock.stage("stage"):
-        kept_in = None if executor.same_machine else registry
-        staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in)
+        staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in, code=code)
         _check_channels(spec, staged)
         if images.judging is not None:
             _check_classes(spec, staged, images.judging)
@@ -55,7 +57,11 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         observation=Observation(staged.network, spec.calibration, images.digest),
         image_bytes=images.resident_bytes,
         notes=images.notes,
-        digest=spec.identity(source_digest=staged.source_digest, calibration_digest=images.digest),
+        digest=spec.identity(
+            source_digest=staged.source_digest,
+            calibration_digest=images.digest,
+            code_digest=None if code is None else code.digest,
+        ),
     )
     needs = task_needs(job, executor)
     executor.require(max(needs.values(), key=lambda need: need.memory_bytes))

@@ -25,11 +25,12 @@ from workers.executor import Executor
 from workers.footprint import Footprint
 from workers.inputs import networks
 from workers.inputs.checkpoint import to_safetensors
+from workers.inputs.entry import LIBRARY
 from workers.inputs.files import fetch
 from workers.inputs.fit import Architecture, check_fit, check_shapes
 from workers.inputs.tensors import TensorInfo, TensorReader
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
-from workers.tasks import NetworkRef, TensorSource
+from workers.tasks import Code, NetworkRef, TensorSource
 
 _UNTRACED_INPUTS = 128
 """Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""
@@ -74,6 +75,7 @@ def stage(
     *,
     executor: Executor,
     registry: Registry | None,
+    code: Code | None = None,
 ) -> StagedModel:
     """Make the weights readable, tensor by tensor, and scan the network.
 
@@ -86,6 +88,7 @@ def stage(
         folder: a scratch folder of this job.
         executor: makes the weights that no checkpoint holds.
         registry: where to put the weights for workers on other machines; None where workers see this machine's files.
+        code: of the factory that builds the network, where it is no library's.
 
     Raises:
         CheckpointError: the weights cannot be read or do not fit.
@@ -93,7 +96,7 @@ def stage(
     """
     found: tuple[str, ...] = ()
     if spec.checkpoint is None:
-        made = _made(spec, network, folder, executor, registry)
+        made = _made(spec, network, folder, executor=executor, registry=registry, code=code)
         source, digest = made.source, made.digest
         tensors = check_fit(network, TensorReader(source))
     else:
@@ -116,6 +119,7 @@ def stage(
             kwargs=spec.kwargs,
             source=source,
             preprocessing=preprocessing.to_record(),
+            code=code,
         ),
         source_digest=digest,
         tensors=tensors,
@@ -138,9 +142,12 @@ def resolve_preprocessing(model: ModelSpec, network: nn.Module, spec: Preprocess
         PlanError: ``mean`` and ``std`` are of different channels.
         ModelError: the network takes no images.
     """
-    record: dict[str, Any] = networks.default_preprocessing(model.library, network, model.kwargs).to_record()
     asked = spec.model_dump(mode="json", exclude_none=True)
-    if spec.size is not None and asked["size"] != record["size"]:
+    if model.library == LIBRARY and {"size", "mean", "std"} <= asked.keys():
+        record: dict[str, Any] = {"resize": None}
+    else:
+        record = networks.default_preprocessing(model.library, network, model.kwargs).to_record()
+    if spec.size is not None and asked["size"] != record.get("size"):
         record["resize"] = None
     record |= asked
     if len(record["mean"]) != len(record["std"]):
@@ -152,7 +159,13 @@ def resolve_preprocessing(model: ModelSpec, network: nn.Module, spec: Preprocess
 
 
 def _made(
-    spec: ModelSpec, network: nn.Module, folder: Path, executor: Executor, registry: Registry | None
+    spec: ModelSpec,
+    network: nn.Module,
+    folder: Path,
+    *,
+    executor: Executor,
+    registry: Registry | None,
+    code: Code | None,
 ) -> MadeWeights:
     """Let a worker make the library's pretrained weights, or random ones."""
     task = WeightsTask(
@@ -162,6 +175,7 @@ def _made(
         random_seed=spec.random_seed,
         folder=str(folder) if registry is None else None,
         store_uri=None if registry is None else registry.store.uri,
+        code=code,
     )
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     need = Need("stage", MADE_BYTES_PER_BYTE * size, "model.arch")
@@ -200,18 +214,20 @@ def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) ->
     Raises:
         PlanError: it runs on the inputs that its library states, but not on those that the spec asks for.
     """
-    example = torch.zeros(1, *preprocessing.input_shape, device="meta")
+    asked = preprocessing.input_shape
+    example = torch.zeros(1, *asked, device="meta")
     footprint, answers = Footprint(), list[Any]()
     handle = network.register_forward_hook(lambda _, __, answer: answers.append(answer))
     try:
         with footprint:
             traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises
-        stated = networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
-        if stated != preprocessing.input_shape and _runs(network, stated):
-            asked = " x ".join(map(str, preprocessing.input_shape))
+        own = spec.library == LIBRARY
+        stated = asked if own else networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
+        if stated != asked and _runs(network, stated):
+            sides = " x ".join(map(str, asked))
             raise PlanError(
-                f"preprocess: {spec.library} {spec.arch} does not run on inputs of {asked} ({one_line(error)}), but on "
+                f"preprocess: {spec.library} {spec.arch} does not run on inputs of {sides} ({one_line(error)}), but on "
                 f"{' x '.join(map(str, stated))}; leave preprocess.size, mean and std out, or set model.kwargs."
             ) from error
         order = tuple(site.name for site in find_layers(network).layers)

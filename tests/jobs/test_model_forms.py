@@ -17,6 +17,7 @@ from storage.wording import bounded
 from workers.errors import ModelError
 
 Document = Callable[..., dict[str, Any]]
+FORMS = "timm/NAME or pytorchcv/NAME, the keys library and arch, or factory: package.module:function"
 NAME = "timm/mobilenetv3_small_100"
 
 
@@ -78,20 +79,9 @@ def test_a_zoo_takes_both_forms(models: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        (
-            "resnet18",
-            "job: 'model': names no library; expected timm/NAME or pytorchcv/NAME, or the keys library and arch. "
-            "Seen: 'resnet18'.",
-        ),
-        (
-            "keras/vgg",
-            "job: 'model': 'keras/vgg' names no network; expected timm/NAME or pytorchcv/NAME, or the keys library "
-            "and arch. Seen: 'keras/vgg'.",
-        ),
-        (
-            ["timm", "vgg"],
-            "job: 'model': expected timm/NAME or pytorchcv/NAME, or the keys library and arch. Seen: ['timm', 'vgg'].",
-        ),
+        ("resnet18", f"job: 'model': names no library; expected {FORMS}. Seen: 'resnet18'."),
+        ("keras/vgg", f"job: 'model': 'keras/vgg' names no network; expected {FORMS}. Seen: 'keras/vgg'."),
+        (["timm", "vgg"], f"job: 'model': expected {FORMS}. Seen: ['timm', 'vgg']."),
     ],
 )
 def test_a_model_in_no_form_is_one_line(model: Any, line: str) -> None:

@@ -27,9 +27,11 @@ from storage.stores.uri import open_store
 from workers.engines.graph import EngineGraph, LayerGrid, with_outputs
 from workers.engines.trace import IMAGE, trace
 from workers.errors import WorkError
+from workers.inputs import own
 from workers.inputs.images import fetch_images
 from workers.pieces import Grid, PieceCode
 from workers.scratch import scratch
+from workers.tasks import Code
 
 Array = npt.NDArray[Any]
 ACTIVATION_BITS = 8
@@ -52,6 +54,7 @@ class ExportTask(Record):
     engine: Engine
     manifest: Manifest
     images: RangeImages | None = None
+    code: Code | None = None
 
 
 class CheckTask(Record):
@@ -61,6 +64,7 @@ class CheckTask(Record):
     model: ModelRecord
     layers: tuple[LayerRecord, ...]
     preprocessing: dict[str, Any]
+    code: Code | None = None
 
 
 def check_export(task: CheckTask) -> None:
@@ -70,6 +74,8 @@ def check_export(task: CheckTask) -> None:
         ModelError: the exporter cannot take the network.
         WorkError: the engine cannot do a layer; it names it.
     """
+    if task.code is not None:
+        own.use(task.code)
     check_layers(task.layers)
     EngineGraph(trace(task.model, Preprocessing.from_record(task.preprocessing)), task.layers)
 
@@ -97,6 +103,8 @@ def export_version(task: ExportTask) -> EngineRecord:
         storage.StorageError: a blob is missing or damaged, or the store refuses.
     """
     manifest = task.manifest
+    if task.code is not None:
+        own.use(task.code)
     check_layers(manifest.layers)
     if manifest.preprocessing is None:
         raise WorkError(f"{manifest.name} version {manifest.version} says nothing of its inputs; publish it anew.")

@@ -1,5 +1,7 @@
 """Image sets in one npz: ``x`` uint8 (N, H, W, C) or (N, H, W) and, for evaluation, ``y`` (N,), whole numbers.
 
+In the place of ``x``, ``inputs`` float32 (N, C, H, W): what goes into the network, prepared already.
+
 What an array claims to be is held against its file before memory is taken, and the pixels are read when the first image
 is asked for: a driver that only checks a set never holds it.
 """
@@ -13,7 +15,9 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from workers.errors import DataError, one_line, shown
 from workers.inputs.labels import MAX_LABEL, Labelling, by_array
@@ -21,6 +25,7 @@ from workers.inputs.labels import MAX_LABEL, Labelling, by_array
 _DEFLATE_FACTOR = 1032
 """What deflate can shrink bytes by, at most: a claim beyond it is a lie."""
 
+INPUTS = "inputs"
 _CHANNELS = (1, 2, 3, 4)
 _CHUNK = 2**20
 
@@ -85,12 +90,45 @@ class NpzReader:
         Raises:
             DataError: the file is damaged.
         """
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("x.npy") as stream:
-                while stream.read(_CHUNK):
-                    pass
-        except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct and the system
-            raise DataError(f"{self.uri} is damaged: {one_line(error)}.") from error
+        _drain(self.path, self.uri, "x")
+
+
+class InputsReader:
+    """The prepared inputs of an npz; see ``NpzReader``."""
+
+    def __init__(self, path: Path, uri: str) -> None:
+        self.path, self.uri = path, uri
+        self.shape, dtype = _header(path, uri, INPUTS)
+        if dtype != np.float32 or len(self.shape) != 4 or 0 in self.shape:
+            raise DataError(f"{uri}: inputs is {dtype} {self.shape}; expected float32 (N, C, H, W), none of them 0.")
+        self.resident_bytes = 4 * math.prod(self.shape)
+        self._values: np.ndarray | None = None
+
+    def load(self, index: int) -> Tensor:
+        """Return one input, float32 (C, H, W).
+
+        Raises:
+            DataError: the file is damaged, or larger than the memory; the input holds NaN or infinity.
+        """
+        if self._values is None:
+            self._values = _array(self.path, self.uri, INPUTS)
+        value = torch.from_numpy(self._values[index])
+        if not value.isfinite().all():
+            raise DataError(f"{self.uri}: inputs[{index}] holds NaN or infinity.")
+        return value
+
+    def check(self) -> None:
+        """Read the values once without keeping them.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        _drain(self.path, self.uri, INPUTS)
+
+
+def has_inputs(path: Path, uri: str) -> bool:
+    """Tell whether an npz holds prepared inputs. Raises `DataError` where it cannot be read."""
+    return f"{INPUTS}.npy" in _members(path, uri)
 
 
 def array_labels(path: Path, uri: str, count: int) -> Labelling:
@@ -119,6 +157,15 @@ def array_labels(path: Path, uri: str, count: int) -> Labelling:
         return Labelling(names, None, fault=fault)
     labels = [int(value) for value in values]
     return Labelling(names, labels, reading=by_array(labels, where="the array 'y'"))
+
+
+def _drain(path: Path, uri: str, name: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
+            while stream.read(_CHUNK):
+                pass
+    except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct and the system
+        raise DataError(f"{uri} is damaged: {one_line(error)}.") from error
 
 
 def _members(path: Path, uri: str) -> dict[str, zipfile.ZipInfo]:

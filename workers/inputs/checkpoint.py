@@ -16,7 +16,7 @@ from torch import nn
 
 from storage.digest import file_version
 from workers.errors import CheckpointError
-from workers.inputs import networks
+from workers.inputs import networks, own
 from workers.inputs.files import reading, require_room
 from workers.inputs.fit import Shapes, check_fit
 from workers.inputs.tensors import DTYPES, TensorInfo, TensorReader
@@ -131,6 +131,8 @@ def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> 
 
 def open_network(network: NetworkRef) -> nn.Module:
     """Build the float network that a task names and load its weights (`load_network`)."""
+    if network.code is not None:
+        own.use(network.code)
     return load_network(network.library, network.arch, network.kwargs, network.source)
 
 

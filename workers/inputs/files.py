@@ -26,7 +26,7 @@ class InputKind:
 
     word: str
     read_as: str
-    error: type[CheckpointError] | type[DataError]
+    error: type[WorkError]
     absent: str
 
     def missing(self, uri: str) -> WorkError:

@@ -2,7 +2,7 @@
 
 * folder: image files; labels from ``labels.csv`` (``file,...,label``), else from the folders (`workers.inputs.labels`)
 * tar: the same, uncompressed or compressed; members are read on demand
-* npz: `workers.inputs.arrays`
+* npz: `workers.inputs.arrays`, images or inputs that are prepared already
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from PIL import Image
 
 from nestquant.engines.images import ImageFault, Preprocessing, decode, image_fault, to_input
 from workers.errors import DataError, one_line, printable
-from workers.inputs.arrays import NpzReader, array_labels
+from workers.inputs.arrays import InputsReader, NpzReader, array_labels, has_inputs
 from workers.inputs.files import IMAGES, fetch, reading
 from workers.inputs.labels import (
     IMAGE_SUFFIXES,
@@ -44,7 +44,7 @@ class _Reader(Protocol):
     @property
     def resident_bytes(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image: ...
+    def load(self, index: int) -> Image.Image | torch.Tensor: ...
 
     def check(self) -> None: ...
 
@@ -93,13 +93,24 @@ class ImageSet:
                 name = printable(self.names[index])
                 try:
                     with image_boundary(name):
-                        images.append(torch.from_numpy(to_input(self.reader.load(index), preprocessing)))
+                        loaded = self.reader.load(index)
+                        images.append(self._prepared(loaded, preprocessing))
                 except ImageFault as fault:
                     self.skipped.append((name, str(fault)))
                     continue
                 labels.append(-1 if self.labels is None else self.labels[index])
             if images:
                 yield torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+    def _prepared(self, loaded: Image.Image | torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+        if not isinstance(loaded, torch.Tensor):
+            return torch.from_numpy(to_input(loaded, preprocessing))
+        if tuple(loaded.shape) != preprocessing.input_shape:
+            raise DataError(
+                f"{self.uri}: its inputs are {tuple(loaded.shape)}; the network takes {preprocessing.input_shape} "
+                "(preprocess.size, and a value of mean for each channel)."
+            )
+        return loaded
 
     def sample(self, count: int) -> ImageSet:
         """Return ``count`` of the images, evenly spread over the set and in its order; all where there are no more.
@@ -237,7 +248,7 @@ def open_images(path: str | Path, *, uri: str | None = None) -> ImageSet:
         if not source.is_file():
             raise DataError(f"{name} is no file. Give a folder, a .tar or an .npz.")
         if source.suffix == ".npz":
-            reader = NpzReader(source, name)
+            reader = InputsReader(source, name) if has_inputs(source, name) else NpzReader(source, name)
             return ImageSet(source, name, array_labels(source, name, reader.shape[0]), reader)
         return _open_tar(source, name)
 
@@ -247,7 +258,7 @@ class _Chosen:
         self.reader, self.chosen = reader, chosen
         self.resident_bytes = reader.resident_bytes
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int) -> Image.Image | torch.Tensor:
         return self.reader.load(self.chosen[index])
 
     def check(self) -> None:

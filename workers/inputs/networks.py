@@ -16,8 +16,10 @@ from torch import nn
 
 from nestquant.engines.images import Preprocessing, sides_of
 from workers.errors import ModelError, nearest, one_line
+from workers.inputs import own
 from workers.inputs.arguments import check_arguments
 from workers.inputs.budget import bounded
+from workers.inputs.entry import LIBRARY
 
 
 def build(
@@ -32,8 +34,9 @@ def build(
     """Build a network in eval mode.
 
     Args:
-        library: ``"timm"`` or ``"pytorchcv"``.
-        arch: the library's name for the network.
+        library: ``"timm"`` or ``"pytorchcv"``; ``"own"`` for a function that this process trusts
+            (`workers.inputs.own`).
+        arch: the library's name for the network, or ``package.module:function``.
         kwargs: passed on to the library (``num_classes``, ``img_size`` ...).
         pretrained: load the library's own weights; the library downloads them.
         meta: build on the meta device: shapes and structure without memory.
@@ -48,12 +51,14 @@ def build(
     place = torch.device("meta") if meta else contextlib.nullcontext()
     try:
         with place, bounded(arch, most_values):
-            if library == "timm":
+            if library == LIBRARY:
+                model = own.build(arch, arguments)
+            elif library == "timm":
                 model = _timm(arch, arguments, pretrained=pretrained)
             elif library == "pytorchcv":
                 model = _pytorchcv(arch, arguments, pretrained=pretrained)
             else:
-                raise ModelError(f"model.library is {library!r}; expected 'timm' or 'pytorchcv'.")
+                raise ModelError(f"model.library is {library!r}; expected 'timm', 'pytorchcv' or 'own'.")
     except ModelError:
         raise
     except (
@@ -61,7 +66,8 @@ def build(
     ) as error:  # the libraries raise anything: a network failure, an assertion, a TypeError on an argument
         wanted = "its pretrained weights" if pretrained else f"arguments {arguments}"
         hint = " Without a network, give model.checkpoint instead of model.pretrained." if pretrained else ""
-        raise ModelError(f"{library} could not build {arch!r} with {wanted}: {one_line(error)}.{hint}") from error
+        builder = "the factory" if library == LIBRARY else library
+        raise ModelError(f"{builder} could not build {arch!r} with {wanted}: {one_line(error)}.{hint}") from error
     return model.eval()
 
 
@@ -135,9 +141,14 @@ def default_preprocessing(library: str, model: nn.Module, kwargs: Mapping[str, A
     values join it.
 
     Raises:
-        ModelError: the network takes no images.
+        ModelError: the network takes no images, or is of a library that does not say how they become its inputs.
     """
     arguments = kwargs or {}
+    if library == LIBRARY:
+        raise ModelError(
+            "Nothing says how images become inputs of an architecture of one's own; give preprocess: {size: 224, mean: "
+            "[0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}, with your own values."
+        )
     if library == "timm":
         return _timm_preprocessing(model, arguments)
     sides = getattr(model, "in_size", (224, 224))

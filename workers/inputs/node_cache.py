@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,8 +52,22 @@ def node_cache() -> NodeCache | None:
     with writing(place):
         default = min(DEFAULT_LIMIT_BYTES, shutil.disk_usage(place).total // _SHARE_OF_DISK)
     limit = int(text) if text.isdigit() else default
-    folder = place / f"nestquant-inputs-{os.geteuid()}"
+    folder = _folder(place)
     return NodeCache(folder, limit) if limit and _is_ours(folder) else None
+
+
+def own_folder() -> Path:
+    """Return the folder of this user's workers on this machine; a new one where somebody else took its name.
+
+    Raises:
+        ScratchError: there is no temporary folder.
+    """
+    folder = _folder(temporary_folder())
+    return folder if _is_ours(folder) else Path(tempfile.mkdtemp(prefix="nestquant-inputs-"))
+
+
+def _folder(place: Path) -> Path:
+    return place / f"nestquant-inputs-{os.geteuid()}"
 
 
 def _is_ours(folder: Path) -> bool:

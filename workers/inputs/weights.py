@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from storage.layout import blob_key
-from storage.manifest import Digest, Library, Record
+from storage.manifest import Digest, Origin, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
+from workers.inputs import own
 from workers.inputs.checkpoint import pretrained_state, random_state, save_state
 from workers.inputs.tensors import TensorReader
 from workers.inputs.writing import writing
 from workers.scratch import scratch
-from workers.tasks import TensorSource
+from workers.tasks import Code, TensorSource
 
 MEDIA_TYPE_CHECKPOINT = "application/vnd.safetensors"
 MADE_BYTES_PER_BYTE = 2
@@ -30,12 +31,13 @@ class WeightsTask(Record):
     too, or into the store at ``store_uri``.
     """
 
-    library: Library
+    library: Origin
     arch: str
     kwargs: dict[str, object]
     random_seed: int | None
     folder: str | None
     store_uri: str | None
+    code: Code | None = None
 
 
 class MadeWeights(Record):
@@ -54,6 +56,8 @@ def make_weights(task: WeightsTask) -> MadeWeights:
         storage.StorageError: the store refused.
     """
     kwargs = dict(task.kwargs)
+    if task.code is not None:
+        own.use(task.code)
     with scratch("weights", parent=task.folder) as place:
         state = (
             pretrained_state(task.library, task.arch, kwargs)
