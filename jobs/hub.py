@@ -9,7 +9,6 @@ from typing import Any
 
 from jobs.errors import JobError
 from jobs.result import REPORT, level_name
-from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
 from storage.device.bundle import documents_of
 from storage.errors import NotFound
@@ -74,7 +73,7 @@ def _write_levels(manifest: Manifest, device: Device, part: Path) -> None:
 
     levels = manifest.level_count()
     model = runtime.load(manifest, device.blob_path)
-    preprocessing = _preprocessing(manifest, model.network)
+    preprocessing = model.preprocessing
     for level in range(levels):
         model.to_level(level)
         network = float_network(model, preprocessing.input_shape)
@@ -93,12 +92,6 @@ def _write_levels(manifest: Manifest, device: Device, part: Path) -> None:
                 "preprocessing": manifest.preprocessing,
             }
             (place / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _preprocessing(manifest: Manifest, network: Any) -> Preprocessing:
-    if manifest.preprocessing is not None:
-        return Preprocessing.from_record(manifest.preprocessing)
-    return networks.default_preprocessing(manifest.model.library, network, manifest.model.kwargs)
 
 
 def _write_store(store: BlobStore, found: Resolved, device: Device, folder: Path) -> None:

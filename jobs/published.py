@@ -4,20 +4,19 @@ to an engine.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.events import Event, Listener
 from jobs.result import level_name
 from jobs.stages.publishing import EXPORT_TOOLS
 from jobs.versions import tool_versions
-from nestquant.engines.images import Preprocessing
 from storage.device import Device, StoreSource
-from storage.manifest import Engine, Manifest
-from storage.registry import Published, Registry
+from storage.manifest import Engine, EngineRecord, Manifest
+from storage.registry import Published, Registry, Resolved
 from storage.stores.uri import open_store
 from workers import runtime
 from workers.engines.export import ExportTask, RangeImages, export_version
-from workers.inputs import networks
 from workers.inputs.images import fetch_images
 from workers.measure import Measured, measure_mode
 from workers.scratch import scratch
@@ -67,11 +66,6 @@ def measure_published(
         ranges = any(layer.activation is not None for layer in manifest.layers)
         modes = [(level, quantized) for quantized in ((False, True) if ranges else (False,)) for level in levels]
         model = runtime.load(manifest, device.blob_path)
-        preprocessing = (
-            Preprocessing.from_record(manifest.preprocessing)
-            if manifest.preprocessing is not None
-            else networks.default_preprocessing(manifest.model.library, model.network, manifest.model.kwargs)
-        )
         measured = []
         listen(Event("started", "evaluate"))
         for done, (level, quantized) in enumerate(modes):
@@ -81,7 +75,7 @@ def measure_published(
                 measure_mode(
                     model,
                     images,
-                    preprocessing,
+                    model.preprocessing,
                     mode=level_name(level, manifest.level_count()),
                     activations=quantized,
                     name=f"{manifest.name} version {manifest.version}",
@@ -93,15 +87,22 @@ def measure_published(
     return manifest, tuple(measured)
 
 
+@dataclass(frozen=True)
+class ExportedVersion:
+    """A version published once more, and what an engine runs it from."""
+
+    published: Published
+    engine: EngineRecord
+
+
 def export_published(
-    registry: Registry, name: str, ref: str, engine: Engine, *, images: RangeImages | None, tags: tuple[str, ...] = ()
-) -> Published:
+    registry: Registry, version: Resolved, engine: Engine, *, images: RangeImages | None, tags: tuple[str, ...] = ()
+) -> ExportedVersion:
     """Publish a version once more, with what an engine runs it from; its shards are those that are there.
 
     Args:
         registry: the version's store.
-        name: the model's name.
-        ref: tag, number or digest.
+        version: which version.
         engine: which engine; what the version holds for it already is made anew.
         images: tell the ranges that the manifest does not hold; None leaves what needs them float.
         tags: get the new version.
@@ -109,18 +110,18 @@ def export_published(
     Raises:
         WorkError, storage.StorageError: the engine cannot take a layer, or a blob is not there.
     """
-    found = registry.resolve(name, ref).manifest
-    made = export_version(ExportTask(store_uri=registry.store.uri, engine=engine, manifest=found, images=images))
-    others = tuple(one for one in found.engines if one.engine != engine)
-    tools = {tool: version for tool, version in tool_versions(EXPORT_TOOLS).items() if tool != "python"}
-    draft = found.model_copy(
+    manifest = version.manifest
+    record = export_version(ExportTask(store_uri=registry.store.uri, engine=engine, manifest=manifest, images=images))
+    others = tuple(other for other in manifest.engines if other.engine != engine)
+    tools = {tool: number for tool, number in tool_versions(EXPORT_TOOLS).items() if tool != "python"}
+    draft = manifest.model_copy(
         update={
             "schema_version": 2,
-            "engines": (*others, made),
-            "tool_versions": found.tool_versions | tools,
+            "engines": (*others, record),
+            "tool_versions": manifest.tool_versions | tools,
         }
     )
-    published = registry.publish(draft, single_writer=found.single_writer)
+    published = registry.publish(draft, single_writer=manifest.single_writer)
     for tag in tags:
-        registry.tag(name, tag, published.version)
-    return published
+        registry.tag(manifest.name, tag, published.version)
+    return ExportedVersion(published, record)

@@ -18,7 +18,7 @@ from storage.condemned import read_condemned, write_condemned
 from storage.digest import digest_pieces
 from storage.errors import Corrupt, NotFound, StorageError, VersionDeleted
 from storage.manifest import Descriptor, canonical_json
-from storage.references import Tombstone
+from storage.references import TagState, Tombstone
 from storage.registry import Registry, Resolved
 from storage.stores.blob_store import BlobStore
 from storage.stores.capabilities import PROBE_PREFIX, is_probe_key
@@ -192,19 +192,19 @@ def _tag_problems(registry: Registry, name: str) -> Iterator[str]:
         except StorageError as error:
             yield _problem(f"{name} tag {tag!r}", error)
             continue
-        entry = (state := registry.tag_log(name, tag).state()).entry
+        state = registry.tag_log(name, tag).state()
+        entry = state.entry
         if entry is not None and state.moved_by_older() is None and state.copy != entry.record():
-            seen = (
-                "cannot be read"
-                if state.damage
-                else f"says version {state.copy.version}"
-                if state.copy
-                else "is missing"
-            )
             yield (
                 f"{name} tag {tag!r}: entry {entry.number} names version {entry.version}, and the copy for "
-                f"older releases {seen}; 'nestquant tag {name}@{entry.version} {tag}' writes it anew"
+                f"older releases {_copy_fault(state)}; 'nestquant tag {name}@{entry.version} {tag}' writes it anew"
             )
+
+
+def _copy_fault(state: TagState) -> str:
+    if state.damage:
+        return "cannot be read"
+    return "is missing" if state.copy is None else f"says version {state.copy.version}"
 
 
 def _problem(where: str, error: StorageError) -> str:

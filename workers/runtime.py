@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nestquant.config import NestConfig
+from nestquant.engines.images import Preprocessing
 from nestquant.modules import NestedLayer, from_packed, resident_bytes, set_residency
 from nestquant.nested_weight import Residency
 from nestquant.observers import ActivationQParams
@@ -47,6 +48,14 @@ class NestedModel:
     blob_path: BlobPath
     level: int = 0
     verify: bool = True
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Return how images become inputs: as the manifest says, else as the library does."""
+        record, model = self.manifest.preprocessing, self.manifest.model
+        if record is not None:
+            return Preprocessing.from_record(record)
+        return networks.default_preprocessing(model.library, self.network, model.kwargs)
 
     def layers(self) -> Iterator[tuple[LayerRecord, NestedLayer]]:
         """Yield each quantized layer's record and its module, in execution order."""

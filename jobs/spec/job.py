@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from jobs.spec.model import ModelSpec, Section
+from jobs.spec.model import ModelSpec, Section, check_kind
 from nestquant.config import Observer, Rounding
 from nestquant.config import check_bits as check_method_bits
 from storage.digest import digest_bytes
@@ -280,13 +280,8 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_zoo(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "models" in given and "model" not in given:
-            raise ValueError(
-                "'models' is a key of a zoo; a job has one 'model', such as model: timm/mobilenetv3_small_100. "
-                "'nestquant zoo' runs a zoo"
-            )
-        return given
+    def _no_zoo(cls, document: Any) -> Any:
+        return check_kind(document, "job")
 
     @field_validator("name")
     @classmethod

@@ -17,6 +17,30 @@ from workers.inputs.entry import LIBRARY, is_entry
 FORMS = "timm/NAME or pytorchcv/NAME, the keys library and arch, or factory: package.module:function"
 
 
+_MIX_UPS = {
+    "job": (
+        "'models' is a key of a zoo; a job has one 'model', such as model: timm/mobilenetv3_small_100. 'nestquant zoo' "
+        "runs a zoo"
+    ),
+    "zoo": (
+        "'model' is a key of a job; a zoo has 'models', such as models: [timm/mobilenetv3_small_100]. 'nestquant "
+        "quantize' runs a job"
+    ),
+}
+
+
+def check_kind(document: Any, kind: Literal["job", "zoo"]) -> Any:
+    """Return a spec's document as it is.
+
+    Raises:
+        ValueError: it names networks as the other kind of spec does, and not as this one.
+    """
+    own, other = ("model", "models") if kind == "job" else ("models", "model")
+    if isinstance(document, dict) and other in document and own not in document:
+        raise ValueError(_MIX_UPS[kind])
+    return document
+
+
 def written_out(given: dict[str, Any]) -> dict[str, Any]:
     """Return a section's keys with ``library`` and ``arch`` apart, where ``arch`` names both: ``timm/resnet18``."""
     arch = given.get("arch")

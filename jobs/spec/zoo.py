@@ -25,7 +25,7 @@ from jobs.spec.job import (
     QuantizeSpec,
     StoreSpec,
 )
-from jobs.spec.model import FORMS, Section, written_out
+from jobs.spec.model import FORMS, Section, check_kind, written_out
 from storage.manifest import Library, ModelName, first_repeated
 from workers.errors import nearest
 
@@ -94,13 +94,8 @@ class ZooSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_job(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "model" in given and "models" not in given:
-            raise ValueError(
-                "'model' is a key of a job; a zoo has 'models', such as models: [timm/mobilenetv3_small_100]. "
-                "'nestquant quantize' runs a job"
-            )
-        return given
+    def _no_job(cls, document: Any) -> Any:
+        return check_kind(document, "zoo")
 
     @field_validator("models", mode="before")
     @classmethod

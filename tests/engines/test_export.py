@@ -103,13 +103,14 @@ def test_a_published_version_is_exported_with_its_own_shards(tmp_path: Path) -> 
     registry, before = publish(document)
     assert before.schema_version == 1
     assert b"engines" not in canonical_json(before)
-    found = document["calibration"]
+    calibration = document["calibration"]
     ranges = RangeImages(
-        data=found["data"], samples=found["samples"], batch_size=8, observer="percentile", percentile=99.99
+        data=calibration["data"], samples=calibration["samples"], batch_size=8, observer="percentile", percentile=99.99
     )
-    made = export_published(registry, "tiny", "latest", "onnx", images=ranges, tags=("latest",))
+    again = export_published(registry, registry.resolve("tiny", "latest"), "onnx", images=ranges, tags=("latest",))
     after = registry.resolve("tiny").manifest
-    assert made.version == after.version == 2
+    assert (again.published.version, again.engine) == (after.version, after.engine("onnx"))
+    assert after.version == 2
     assert (after.groups, after.base, after.layers) == (before.groups, before.base, before.layers)
     # A job that exports comes to the same graph.
     _, at_once = publish({**document, "export": exported, "store": {"uri": str(tmp_path / "other")}})
@@ -120,7 +121,7 @@ def test_what_needs_images_stays_float_without_them(tmp_path: Path) -> None:
     document = spec_of(tmp_path, activations={"bits": 8})
     del document["export"]
     registry, _ = publish(document)
-    export_published(registry, "tiny", "latest", "onnx", images=None, tags=("latest",))
+    export_published(registry, registry.resolve("tiny", "latest"), "onnx", images=None, tags=("latest",))
     manifest = registry.resolve("tiny").manifest
     layout, _ = layout_of(registry, manifest)
     assert [(kept.name, kept.reason) for kept in layout.kept_float] == [
@@ -143,7 +144,7 @@ def test_asymmetric_weights_are_refused_before_work_and_by_layer(tmp_path: Path)
     registry, manifest = publish(document)
     first = manifest.layers[0].name
     with pytest.raises(WorkError, match=f"Layer '{first}' is asymmetric: engines take symmetric weights alone"):
-        export_published(registry, "tiny", "latest", "onnx", images=None)
+        export_published(registry, registry.resolve("tiny", "latest"), "onnx", images=None)
     assert registry.versions("tiny") == [1]
 
 

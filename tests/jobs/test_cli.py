@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.jobs.conftest import Run
+from tests.jobs.conftest import InitSigning, Run
 
 Document = Callable[..., dict[str, Any]]
 
@@ -176,26 +176,21 @@ def test_a_device_session(nestquant: Run, store: Path, tmp_path: Path) -> None:
     assert nestquant("remove", "tiny", *cache)[0] == 0
 
 
-def test_signed_from_keys_to_device(nestquant: Run, store: Path, tmp_path: Path) -> None:
-    keys = {role: str(tmp_path / f"{role}.pem") for role in ("root", "publisher", "online", "next")}
-    for path in keys.values():
-        assert nestquant("keys", "generate", path)[0] == 0
+def test_signed_from_keys_to_device(nestquant: Run, signing: InitSigning, store: Path, tmp_path: Path) -> None:
     source, cache = ["--store", str(store)], ["--cache", str(tmp_path / "cache")]
-    public = {role: path + ".pub" for role, path in keys.items()}
-    init = ["--root-key", keys["root"], "--publisher", public["publisher"], "--online", public["online"]]
-    assert nestquant("keys", "init", *source, *init, "--out", tmp_path / "root.json")[0] == 0
-    trust = ["--trust", str(tmp_path / "root.json")]
+    signer = signing(store)
+    trust = ["--trust", str(signer.trust)]
     assert nestquant("pull", "tiny", *source, *cache, *trust)[0] == 4
-    signing = ["--key", keys["publisher"], "--key", keys["online"]]
-    assert nestquant("sign", "tiny", "--tag", "latest=1", *signing, *source)[0] == 0
+    assert nestquant("sign", "tiny", "--tag", "latest=1", *signer.options, *source)[0] == 0
     code, out, _ = nestquant("pull", "tiny", *source, *cache, *trust, "--json")
     assert (code, json.loads(out)["signed"]) == (0, True)
     shown = json.loads(nestquant("keys", "show", *source, "--json")[1])
     (publisher,) = shown["roles"]["publisher"]
-    rotate = ["keys", "rotate", publisher[:12], public["next"], *source, "--root-key", keys["root"]]
+    assert nestquant("keys", "generate", signer.key("next"))[0] == 0
+    rotate = ["keys", "rotate", publisher[:12], signer.public("next"), *source, "--root-key", signer.key("root")]
     assert nestquant(*rotate)[0] == 0
-    assert nestquant("sign", "tiny", "--tag", "latest=1", *signing, *source)[0] == 1
-    again = ["--key", keys["next"], "--key", keys["online"]]
+    assert nestquant("sign", "tiny", "--tag", "latest=1", *signer.options, *source)[0] == 1
+    again = ["--key", signer.key("next"), "--key", signer.key("online")]
     assert nestquant("sign", "tiny", "--afresh", "--tag", "latest=1", *again, *source)[0] == 0
     assert nestquant("pull", "tiny", *source, *cache)[0] == 0
 

@@ -6,33 +6,28 @@ import json
 from pathlib import Path
 
 from storage.stores.local import LocalStore
-from tests.jobs.conftest import Run
+from tests.jobs.conftest import InitSigning, Run
 from tests.storage.device.artifacts import publish
 
 
-def test_a_bundle_travels(nestquant: Run, tmp_path: Path) -> None:
+def test_a_bundle_travels(nestquant: Run, signing: InitSigning, tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     for version in (1, 2):
         publish(store, version=version, groups=1, fresh=[0])
-    for name in ("root", "pub", "on"):
-        assert nestquant("keys", "generate", tmp_path / f"{name}.pem")[0] == 0
-    place, keys = ("--store", store.root), ("--key", tmp_path / "pub.pem", "--key", tmp_path / "on.pem")
-    init = ("--root-key", tmp_path / "root.pem", "--publisher", tmp_path / "pub.pem.pub", "--online")
-    trust = tmp_path / "root.json"
-    assert nestquant("keys", "init", *init, tmp_path / "on.pem.pub", "--out", trust, *place)[0] == 0
-    assert nestquant("sign", "net", "--version", 1, "--tag", "latest=2", *place, *keys)[0] == 0
+    place, signer = ("--store", store.root), signing(store.root)
+    assert nestquant("sign", "net", "--version", 1, "--tag", "latest=2", *place, *signer.options)[0] == 0
 
     usb, old = tmp_path / "usb.tar", tmp_path / "old.tar"
-    lasting = ("--days", 90, "--key", tmp_path / "on.pem")
+    lasting = ("--days", 90, "--key", signer.key("online"))
     code, out, _ = nestquant("bundle", "net", "--level", "full", "-o", usb, *place, *lasting)
     assert code == 0
     assert out.startswith(f"{usb}: net version 2 up to level 1, signed, ")
     assert nestquant("bundle", "net@1", "-o", old, *place, "--json")[0] == 0
-    for wrong in (("--level", "half"), ("--days", 3), ("--key", tmp_path / "on.pem")):
+    for wrong in (("--level", "half"), ("--days", 3), ("--key", signer.key("online"))):
         assert nestquant("bundle", "net", "-o", usb, *place, *wrong)[0] == 2
 
     cache = ("--cache", tmp_path / "cache")
-    code, out, _ = nestquant("pull", "--from", usb, "--trust", trust, *cache, "--json")
+    code, out, _ = nestquant("pull", "--from", usb, "--trust", signer.trust, *cache, "--json")
     assert (code, json.loads(out)["version"], json.loads(out)["level"]) == (0, 2, 0)
     assert json.loads(nestquant("upgrade", "net", "--from", usb, *cache, "--json")[1])["level"] == 1
     code, _, err = nestquant("pull", "--from", old, *cache)

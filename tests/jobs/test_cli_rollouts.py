@@ -8,20 +8,18 @@ from pathlib import Path
 import pytest
 
 from storage.stores.local import LocalStore
-from tests.jobs.conftest import Run
+from tests.jobs.conftest import InitSigning, Run
 from tests.storage.device.artifacts import publish
 
 
-def test_a_rollout_by_commands(nestquant: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout_by_commands(
+    nestquant: Run, signing: InitSigning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = LocalStore(tmp_path / "store")
     for version in (1, 2):
         publish(store, version=version, groups=1, fresh=[0])
-    for name in ("root", "pub", "on"):
-        assert nestquant("keys", "generate", tmp_path / f"{name}.pem")[0] == 0
-    place, keys = ("--store", store.root), ("--key", tmp_path / "pub.pem", "--key", tmp_path / "on.pem")
-    init = ("--root-key", tmp_path / "root.pem", "--publisher", tmp_path / "pub.pem.pub", "--online")
-    out = ("--out", tmp_path / "root.json")
-    assert nestquant("keys", "init", *init, tmp_path / "on.pem.pub", *out, *place)[0] == 0
+    place, signer = ("--store", store.root), signing(store.root)
+    keys = signer.options
 
     code, _, err = nestquant("rollout", "net@2", "--percent", 10, *place, *keys)
     assert (code, "net: tag 'latest' is not signed" in err) == (1, True)
@@ -43,7 +41,7 @@ def test_a_rollout_by_commands(nestquant: Run, tmp_path: Path, monkeypatch: pyte
 
     def pulled(device_id: str, *cohort: str) -> int:
         monkeypatch.setenv("NESTQUANT_DEVICE_ID", device_id)
-        cache = ("--cache", tmp_path / device_id, "--trust", tmp_path / "root.json")
+        cache = ("--cache", tmp_path / device_id, "--trust", signer.trust)
         return int(json.loads(nestquant("pull", "net", *cache, *place, *cohort, "--json")[1])["version"])
 
     # Places under the seed "s": d0 3,951 and d2 9,291.

@@ -10,7 +10,7 @@ import pytest
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.stores.local import LocalStore
-from tests.jobs.conftest import Run
+from tests.jobs.conftest import InitSigning, Run
 from tests.storage.device.artifacts import publish
 
 
@@ -71,16 +71,13 @@ def test_mistakes_are_one_line(nestquant: Run, store: LocalStore, words: tuple[s
     assert told in err
 
 
-def test_a_move_of_a_signed_model_is_signed(nestquant: Run, store: LocalStore, tmp_path: Path) -> None:
-    for name in ("root", "pub", "on"):
-        assert nestquant("keys", "generate", tmp_path / f"{name}.pem")[0] == 0
-    place = ("--store", store.root)
-    keys = ("--key", tmp_path / "pub.pem", "--key", tmp_path / "on.pem")
-    publisher = ("--publisher", tmp_path / "pub.pem.pub", "--online", tmp_path / "on.pem.pub")
-    anchor = tmp_path / "root.json"
-    assert nestquant("keys", "init", "--root-key", tmp_path / "root.pem", *publisher, "--out", anchor, *place)[0] == 0
+def test_a_move_of_a_signed_model_is_signed(
+    nestquant: Run, signing: InitSigning, store: LocalStore, tmp_path: Path
+) -> None:
+    place, signer = ("--store", store.root), signing(store.root)
+    keys = signer.options
     assert nestquant("tag", "net@2", "stable", *place, *keys)[1].endswith("by its entry 1, signed in edition 1.\n")
-    device = Device(tmp_path / "cache", StoreSource(store), root_of_trust=anchor.read_bytes())
+    device = Device(tmp_path / "cache", StoreSource(store), root_of_trust=signer.trust.read_bytes())
     assert device.pull("net", "stable").version == 2
 
     code, _, err = nestquant("tag", "net@3", "stable", *place)

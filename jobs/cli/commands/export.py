@@ -43,27 +43,26 @@ def export(
 
     name, ref = split_ref(model)
     registry = Registry(open_existing_store(store))
-    found = registry.resolve(name, ref)
-    asked = found.manifest.recipe.get("activations") or {}
+    source = registry.resolve(name, ref)
+    recipe = source.manifest.recipe.get("activations") or {}
     images = None
     if calibration is not None:
         images = RangeImages(
             data=calibration,
             samples=samples,
             batch_size=32,
-            observer=asked.get("observer", "percentile") if asked.get("observer") != "sigma" else "percentile",
-            percentile=asked.get("percentile", 99.99),
+            observer="percentile" if recipe.get("observer") == "sigma" else recipe.get("observer", "percentile"),
+            percentile=recipe.get("percentile", 99.99),
         )
-    published = export_published(registry, name, str(found.version), engine, images=images, tags=tuple(tag or ()))
-    made = registry.resolve(name, str(published.version)).manifest.engine(engine)
-    assert made is not None, "it was published with it"
-    moved = made.graph.size_bytes + made.layout.size_bytes
+    exported = export_published(registry, source, engine, images=images, tags=tuple(tag or ()))
+    published, record = exported.published, exported.engine
+    more_bytes = record.graph.size_bytes + record.layout.size_bytes
     if as_json:
         document = {"name": name, "version": published.version, "digest": published.digest, "engine": engine}
-        print_json(document | {"bytes": moved, "activations": made.activations, "created": published.created})
+        print_json(document | {"bytes": more_bytes, "activations": record.activations, "created": published.created})
         return
-    kind = "weights and activations" if made.activations else "weights"
+    kind = "weights and activations" if record.activations else "weights"
     typer.echo(
-        f"{name} version {published.version}: version {found.version} for {engine}, {kind} quantized, "
-        f"{size(moved)} more."
+        f"{name} version {published.version}: version {source.version} for {engine}, {kind} quantized, "
+        f"{size(more_bytes)} more."
     )
