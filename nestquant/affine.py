@@ -43,11 +43,10 @@ class QParams:
 def choose_qparams(weight: Tensor, *, bits: int, scheme: Scheme, steps: int | None = None) -> QParams:
     """Return the grid of ``weight``, a float tensor ``[O, ...]`` with the output channel first.
 
-    Asymmetric: the range of a channel is widened to hold zero, so zero is exact. Symmetric: the zero point is 0
-        and the integers used are
-    ``[-(2^(bits-1) - 1), 2^(bits-1) - 1]``. An all-zero channel gets scale 1. A range below float32's smallest normal
-    number is widened to it, as a denormal scale would be flushed to zero on some devices. Ranges are taken in float64,
-    so that the largest float32 does not overflow.
+    Asymmetric: the range of a channel is widened to hold zero, so zero is exact. Symmetric: the zero point is 0 and the
+    integers used are ``[-(2^(bits-1) - 1), 2^(bits-1) - 1]``. An all-zero channel gets scale 1. A range below float32's
+    smallest normal number is widened to it, as a denormal scale would be flushed to zero on some devices. Ranges are
+    taken in float64, so that the largest float32 does not overflow.
 
     ``steps``: how many steps of the grid a channel's range takes (asymmetric), or the larger of its two sides
     (symmetric); all that there are by default. Fewer leave room at the top.
