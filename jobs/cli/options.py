@@ -29,6 +29,16 @@ Model = Annotated[
         metavar="NAME[@REF]", help="A model's name, and a tag, a version number or a digest; @latest by default."
     ),
 ]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        "--factory", metavar="MODULE:FUNCTION", help="What builds the network, where its architecture is your own."
+    ),
+]
+Code = Annotated[
+    str | None,
+    typer.Option("--code", metavar="FILE", help="The factory's .py file, package or .zip, if not installed."),
+]
 DEFAULT_CACHE = Path("nestquant-cache")
 
 
@@ -44,6 +54,17 @@ def split_ref(model: str) -> tuple[str, str]:
     """Return ``(name, ref)`` of ``name@ref``; the tag ``latest`` where none is given."""
     name, _, ref = model.partition("@")
     return name, ref or "latest"
+
+
+def trust_factory(factory: str | None, code: str | None) -> None:
+    """Let this process build an architecture of the user's own, on the user's word."""
+    if factory is None:
+        if code is not None:
+            raise typer.BadParameter("--code is that of a --factory MODULE:FUNCTION; give both.")
+        return
+    from jobs.stages.code import trust_entry
+
+    trust_entry(factory, code)
 
 
 def print_json(document: Any) -> None:

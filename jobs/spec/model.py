@@ -52,6 +52,14 @@ def written_out(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, "library": library, "arch": name}
 
 
+def from_factory(given: dict[str, Any]) -> dict[str, Any]:
+    """Return a section's keys with ``library`` and ``arch`` in the place of ``factory``."""
+    if given.keys() & {"library", "arch"}:
+        raise ValueError("'factory' stands in the place of 'library' and 'arch': give one or the other")
+    rest = {key: value for key, value in given.items() if key != "factory"}
+    return {"library": LIBRARY, "arch": given["factory"], **rest}
+
+
 class Section(BaseModel):
     """Base of the spec's sections: immutable, unknown keys are errors."""
 
@@ -108,9 +116,7 @@ class ModelSpec(Section):
             raise ValueError(f"expected {FORMS}")
         if "factory" not in given:
             return written_out(given)
-        if given.keys() & {"library", "arch"}:
-            raise ValueError("'factory' stands in the place of 'library' and 'arch': give one or the other")
-        return {"library": LIBRARY, "arch": given["factory"], **{k: v for k, v in given.items() if k != "factory"}}
+        return from_factory(given)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -25,9 +25,10 @@ from jobs.spec.job import (
     QuantizeSpec,
     StoreSpec,
 )
-from jobs.spec.model import FORMS, Section, check_kind, written_out
+from jobs.spec.model import FORMS, Section, check_kind, from_factory, written_out
 from storage.manifest import Library, ModelName, first_repeated
 from workers.errors import nearest
+from workers.inputs.entry import LIBRARY, is_entry
 
 _SECTIONS = ("preprocess", "calibration", "evaluate", "analysis")
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
@@ -37,11 +38,13 @@ class ZooEntry(Section):
     """Some models, and what is different for them.
 
     ``models`` is ``library/name``, ``library/pattern`` or ``@file`` with one of these a line; ``library`` and ``arch``,
-    as a job's ``model`` has them, say the same for one network. ``checkpoint`` may hold
+    as a job's ``model`` has them, say the same for one network, as does ``factory`` for one of your own, with its
+    ``code``. ``checkpoint`` may hold
     ``{library}`` and ``{arch}``. A section given here takes the place of the shared one, ``null`` included.
     """
 
     models: str
+    code: str | None = None
     checkpoint: str | None = None
     weights: Literal["ema", "model"] | None = None
     pretrained: bool = False
@@ -59,11 +62,11 @@ class ZooEntry(Section):
     def _as_in_a_job(cls, given: Any) -> Any:
         if isinstance(given, str):
             return {"models": given}
-        if not isinstance(given, dict) or not {"library", "arch"} & set(given):
+        if not isinstance(given, dict) or not {"library", "arch", "factory"} & set(given):
             return given
         if "models" in given:
-            raise ValueError("give 'models', or 'library' and 'arch' as in a job, not both")
-        entry = written_out(given)
+            raise ValueError("give 'models', or 'library' and 'arch' or 'factory' as in a job, not both")
+        entry = from_factory(given) if "factory" in given else written_out(given)
         if lacking := [key for key in ("library", "arch") if not isinstance(entry.get(key), str)]:
             raise ValueError(f"names no network: {lacking[0]!r} is missing or no text; expected {FORMS}")
         rest = {key: value for key, value in entry.items() if key not in ("library", "arch")}
@@ -193,6 +196,9 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
     from workers.inputs import networks
 
     library, slash, pattern = text.partition("/")
+    if library == LIBRARY and is_entry(pattern):
+        yield library, pattern
+        return
     if library not in get_args(Library) or not slash or not pattern:
         raise SpecError(
             f"models: {text!r}: expected timm/NAME, pytorchcv/NAME, a pattern such as timm/vit_*, or @file."
@@ -215,7 +221,7 @@ def _job(spec: ZooSpec, entry: ZooEntry, library: str, arch: str, recipe: Recipe
         sections["calibration"] = None
     document = {
         "name": _slug(f"{library}.{arch}.{recipe.name}"),
-        "model": {"library": library, "arch": arch, "kwargs": entry.kwargs, **weights},
+        "model": {"library": library, "arch": arch, "kwargs": entry.kwargs, "code": entry.code, **weights},
         "quantize": recipe.quantize,
         "store": spec.store,
         "cluster": spec.cluster,

@@ -8,10 +8,12 @@ from jobs.spec.model import ModelSpec
 from storage.digest import digest_bytes
 from storage.layout import blob_key
 from storage.registry import Registry
+from workers.errors import ModelError
 from workers.inputs import own
-from workers.inputs.entry import LIBRARY
+from workers.inputs.entry import LIBRARY, is_entry
 from workers.inputs.files import fetch
 from workers.inputs.writing import write_pieces
+from workers.scratch import scratch
 from workers.tasks import Code
 
 MEDIA_TYPE_CODE = "application/zip"
@@ -45,6 +47,18 @@ def stage_code(spec: ModelSpec, folder: Path, registry: Registry | None) -> Code
             code = Code(entry=spec.arch, digest=digest, store=registry.store.uri, key=blob_key(digest))
     own.use(code)
     return code
+
+
+def trust_entry(entry: str, uri: str | None) -> None:
+    """Let this process build the networks of one factory, for whoever reads a version of an architecture of their own.
+
+    Raises:
+        ModelError: it is no name of a function, or cannot be imported.
+    """
+    if not is_entry(entry):
+        raise ModelError(f"--factory {entry}: expected package.module:function, such as my_nets:build.")
+    with scratch("job") as folder:
+        stage_code(ModelSpec(library=LIBRARY, arch=entry, code=uri, random_seed=0), folder, None)
 
 
 def code_of(uri: str, folder: Path) -> bytes:

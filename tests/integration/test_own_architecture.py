@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from jobs.cli.main import app
 from jobs.driver import run_job
 from jobs.errors import SpecError
 from jobs.executors import open_executor
 from jobs.spec.file import parse_spec
 from jobs.spec.job import ClusterSpec, JobSpec
+from jobs.spec.zoo import load_zoo
 from storage.device import Device, StoreSource
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -214,11 +218,61 @@ def test_prepared_inputs_take_the_place_of_images(tmp_path: Path) -> None:
         run_job(spec(tmp_path / "s", **keys), InProcessExecutor())
 
 
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_commands_take_the_factory_from_their_user_alone(tmp_path: Path, tiny_images: Path) -> None:
+    store = str(tmp_path / "s")
+    run_job(spec(store, quantize={"scheme": "symmetric"}), InProcessExecutor())
+    own._factories.clear()
+    asked = ("evaluate", "team", "--store", store, "--data", str(tiny_images))
+    refused = run(*asked)
+    assert isinstance(refused.exception, ArtifactError)
+    assert "Say where it is: --factory team_nets:build, with --code FILE" in str(refused.exception)
+    trusted = ("--factory", "team_nets:build", "--code", str(CODE))
+    measured = json.loads(run(*asked, *trusted, "--json").stdout)
+    assert [one["total"] for one in measured["measured"]] == [40, 40]
+    own._factories.clear()
+    exported = json.loads(run("export", "team", "--store", store, *trusted, "--json").stdout)
+    assert exported["version"] == 2
+    assert "give both" in run(*asked, "--code", str(CODE)).output
+    wrong = run(*asked, "--factory", "nets")
+    assert str(wrong.exception) == "--factory nets: expected package.module:function, such as my_nets:build."
+
+
+def test_a_zoo_has_networks_of_ones_own_beside_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {
+        "name": "mixed",
+        "store": {"uri": str(tmp_path / "s")},
+        "recipes": {"w84": {"recipe": "paper", "bits": [8, 4]}},
+        "models": [
+            {"models": "timm/test_resnet", "random_seed": 0},
+            {"factory": "team_nets:build", "code": str(CODE), "random_seed": 0, "preprocess": SIDES},
+        ],
+    }
+    path = tmp_path / "zoo.yaml"
+    path.write_text(json.dumps(document))
+    _, jobs = load_zoo(path)
+    assert [job.spec.model.arch for job in jobs] == ["test_resnet", "team_nets:build"]
+    monkeypatch.chdir(tmp_path)
+    done = run("zoo", str(path), "--local")
+    assert done.exit_code == 0, done.output
+    assert Registry(open_store(tmp_path / "s")).models() == ["own.team_nets-build.w84", "timm.test_resnet.w84"]
+    document["models"] = [{"factory": "team_nets:build", "arch": "x"}]
+    path.write_text(json.dumps(document))
+    with pytest.raises(SpecError, match=r"'factory' stands in the place of 'library' and 'arch'"):
+        load_zoo(path)
+
+
 _TWO_NODES = """
 import sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
+from typer.testing import CliRunner
+
+from jobs.cli.main import app
 from jobs.driver import run_job
 from jobs.executors import open_executor
 from jobs.spec.file import load_spec

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Json, Model, Store, print_json, size, split_ref
+from jobs.cli.options import Code, Factory, Json, Model, Store, print_json, size, split_ref, trust_factory
 from storage.manifest import Engine
 
 
@@ -33,6 +33,8 @@ def export(
     tag: Annotated[
         list[str] | None, typer.Option("--tag", help="Point this tag at the new version; may be repeated.")
     ] = None,
+    factory: Factory = None,
+    code: Code = None,
     as_json: Json = False,
 ) -> None:
     """Publish a version once more, with an engine's graph. Its shards are the same blobs: devices fetch none anew."""
@@ -41,6 +43,7 @@ def export(
     from storage.stores.uri import open_existing_store
     from workers.engines.export import RangeImages
 
+    trust_factory(factory, code)
     name, ref = split_ref(model)
     registry = Registry(open_existing_store(store))
     source = registry.resolve(name, ref)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Json, Model, print_json, split_ref
+from jobs.cli.options import DEFAULT_CACHE, Code, Factory, Json, Model, print_json, split_ref, trust_factory
 from jobs.errors import GateError, SpecError
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
+    factory: Factory = None,
+    code: Code = None,
     as_json: Json = False,
 ) -> None:
     """Measure a published version's top-1 in every mode that is there."""
@@ -143,6 +145,7 @@ def evaluate(
 
     if (store is None) == (cache is None):
         raise typer.BadParameter("give one of --store and --cache.")
+    trust_factory(factory, code)
     name, ref = split_ref(model)
     with console.listener(quiet=as_json) as listen:
         manifest, measured = measure_published(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli.options import Json, Model, Store, console, print_json, size, split_ref
+from jobs.cli.options import Code, Factory, Json, Model, Store, console, print_json, size, split_ref, trust_factory
 
 
 def register(app: typer.Typer) -> None:
@@ -228,12 +228,15 @@ def export_folder(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is empty, or not there.")],
     *,
     store: Store,
+    factory: Factory = None,
+    code: Code = None,
     as_json: Json = False,
 ) -> None:
     """Write a version as a folder for the HF hub: card, configuration, float weights of every level, and the shards."""
     from jobs.hub import export_hf
     from storage.stores.uri import open_existing_store
 
+    trust_factory(factory, code)
     manifest = export_hf(open_existing_store(store), *split_ref(model), folder)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     total = sum((folder / path).stat().st_size for path in files)
