@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from jobs.events import Event, Listener, StageClock
-from jobs.result import REPORT, JobResult, LayerQuality, layer_damage
+from jobs.result import JobResult, LayerQuality, layer_damage
 from jobs.spec.job import AnalysisSpec, JobSpec
 from jobs.stages.preparation import prepare
 from jobs.stages.sensitivity import measure_layers
 from storage.errors import NotFound
+from storage.layout import JOB_REPORT
 from storage.manifest import Record
 from storage.registry import Registry
 from workers.errors import WorkError
@@ -88,7 +89,7 @@ def analyze_version(registry: Registry, name: str, ref: str) -> Analysis:
     """
     version = registry.resolve(name, ref).version
     try:
-        result = JobResult.model_validate_json(registry.get_report(name, version, REPORT))
+        result = JobResult.model_validate_json(registry.get_report(name, version, JOB_REPORT))
     except NotFound as error:
         raise WorkError(f"{name} version {version} has no report of its job; give the job's spec.") from error
     except ValidationError as error:

@@ -8,7 +8,7 @@ has one, gets its tags.
 from __future__ import annotations
 
 from jobs.events import Event, Listener, StageClock
-from jobs.result import REPORT, JobResult, WorkSummary, layer_qualities, stored_bits_per_weight
+from jobs.result import JobResult, WorkSummary, layer_qualities, stored_bits_per_weight
 from jobs.spec.job import JobSpec
 from jobs.stages import (
     calibration,
@@ -22,6 +22,7 @@ from jobs.stages import (
 )
 from jobs.stages.job import Job, Stage
 from jobs.stages.preparation import prepare
+from storage.layout import JOB_REPORT
 from storage.manifest import canonical_json
 from workers.executor import Executor
 from workers.scratch import scratch
@@ -58,7 +59,7 @@ def run_job(spec: JobSpec, executor: Executor, listen: Listener = lambda _: None
         for run in STAGES:
             job = run(job, executor, clock)
     result = job_result(job, clock.seconds)
-    job.registry.put_report(result.name, result.version, REPORT, canonical_json(result))
+    job.registry.put_report(result.name, result.version, JOB_REPORT, canonical_json(result))
     return result
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.events import Event, Listener
-from jobs.result import level_name
 from jobs.stages.publishing import EXPORT_TOOLS
 from jobs.versions import tool_versions
 from storage.device import Device, StoreSource
-from storage.manifest import Engine, EngineRecord, Manifest
+from storage.manifest import Engine, EngineRecord, Manifest, level_name
 from storage.registry import Published, Registry, Resolved
 from storage.stores.uri import open_store
 from workers import runtime

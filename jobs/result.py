@@ -10,9 +10,6 @@ from workers.measure import Measured
 from workers.sensitivity import SensitivityRecord, sqnr_db
 from workers.tasks import GroupRecord, PieceRecord, UnitResult
 
-REPORT = "job"
-"""What the report beside a version is called."""
-
 
 class MixedRecord(Record):
     """What was chosen, layer by layer, and what it was expected to give: kept in the ledger and in the job's result.
@@ -189,12 +186,3 @@ def sizes_of(
         base_bytes=base_bytes,
         level_bytes=level_bytes,
     )
-
-
-def level_name(level: int | None, level_count: int) -> str:
-    """Return ``float``, ``part-bit``, ``full-bit`` or, between them, ``level k``."""
-    if level is None:
-        return "float"
-    if level == level_count - 1:
-        return "full-bit"
-    return "part-bit" if level == 0 else f"level {level}"

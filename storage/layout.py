@@ -14,6 +14,11 @@ _REPORT = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?")
 _MANIFEST_FILE = re.compile(r"([0-9]{8})\.json")
 BLOB_KEY = r"blobs/sha256/([0-9a-f]{2})/\1[0-9a-f]{62}"
 
+# The report beside a version that its job writes: what was measured.
+JOB_REPORT = "job"
+# A site about the store, made from it (`nestquant catalog --publish`): overwritten, and nothing is ever read from it.
+CATALOG_PREFIX = "catalog/"
+
 CONDEMNED_KEY = "gc/condemned.json"
 CLOCK_KEY = "gc/clock"
 # Stands at the root of a device's cache. No key begins with a dot, so no store can hold it.

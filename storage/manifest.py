@@ -345,6 +345,15 @@ def first_repeated(names: Iterable[str]) -> str | None:
     return None
 
 
+def level_name(level: int | None, level_count: int) -> str:
+    """Return ``float``, ``part-bit``, ``full-bit`` or, between them, ``level k``."""
+    if level is None:
+        return "float"
+    if level == level_count - 1:
+        return "full-bit"
+    return "part-bit" if level == 0 else f"level {level}"
+
+
 def piece_key(layer: str, start: int, stop: int, level: int) -> str:
     """Return the safetensors key of a piece's integers at a level; level 0 is the high part."""
     return f"{layer}[{start}:{stop}]/level{level}"

@@ -326,11 +326,15 @@ class Registry:
             raise no_tag(self.store, name, tag)
         return record
 
+    def tag_names(self, name: str) -> list[str]:
+        """Return the names of a model's tags, sorted, as LIST tells."""
+        plain = (info.key.rpartition("/")[2] for info in self.store.list(layout.tags_prefix(name)))
+        entries = self.store.folders(layout.entries_prefix(name))
+        return sorted({key.removesuffix(".json") for key in plain} | set(entries))
+
     def tags(self, name: str) -> dict[str, int]:
         """Return tag -> version, as LIST tells."""
-        plain = (info.key.rpartition("/")[2] for info in self.store.list(layout.tags_prefix(name)))
-        names = {key.removesuffix(".json") for key in plain} | set(self.store.folders(layout.entries_prefix(name)))
-        return {tag: self.read_tag(name, tag).version for tag in sorted(names)}
+        return {tag: self.read_tag(name, tag).version for tag in self.tag_names(name)}
 
     def put_report(self, name: str, version: int, report: str, data: Data) -> None:
         """Keep measurements beside a version: JSON, never part of it, the last one wins."""

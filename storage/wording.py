@@ -78,3 +78,13 @@ def one_line(error: BaseException) -> str:
     raised = traceback.extract_tb(error.__traceback__)[-1:]
     places = (f" at {in_one_line(at.line or '?')!r} ({Path(at.filename).name}:{at.lineno})" for at in raised)
     return kind + "".join(places)
+
+
+def size(count: int) -> str:
+    """Return bytes for people: ``1.4 MB`` (decimal)."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -13,7 +13,7 @@ from tests import tiny
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
-pytest_plugins = ["tests.servers.plugin"]
+pytest_plugins = ["tests.servers.plugin", "tests.browser"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

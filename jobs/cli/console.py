@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from jobs.cli.options import console as new_console
-from jobs.cli.options import size
 from jobs.cli.tables import Column, WholeTable
 from jobs.cli.terminal import title
 from jobs.events import Event, Listener
-from jobs.result import JobResult, level_name
+from jobs.result import JobResult
 from jobs.spec.job import QuantizeSpec
 from jobs.stages.job import Job
 from jobs.stages.plan import has_own_bits
-from storage.manifest import LayerRecord, Manifest
+from storage.manifest import LayerRecord, Manifest, level_name
+from storage.wording import size
 from workers.measure import Measured
 
 _WORDS = {

@@ -27,7 +27,6 @@ from torch import nn
 from jobs.cli import console, photographs
 from jobs.cli.main import run
 from jobs.cli.options import console as new_console
-from jobs.cli.options import size
 from jobs.cli.terminal import title
 from jobs.driver import run_job
 from jobs.errors import SpecError
@@ -37,6 +36,7 @@ from jobs.spec.document import parse_yaml
 from jobs.spec.file import parse_spec
 from jobs.spec.job import JobSpec
 from storage.device import Device
+from storage.wording import size
 from workers import runtime
 from workers.inputs import networks
 from workers.inputs.checkpoint import save_state

@@ -15,7 +15,20 @@ from typing import NoReturn
 
 import typer
 
-from jobs.cli.commands import analyze, cluster, device, export, jobs, keys, maintain, rollouts, store, tags, zoo
+from jobs.cli.commands import (
+    analyze,
+    catalog,
+    cluster,
+    device,
+    export,
+    jobs,
+    keys,
+    maintain,
+    rollouts,
+    store,
+    tags,
+    zoo,
+)
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -68,6 +81,7 @@ keys.register(app)
 tags.register(app)
 rollouts.register(app)
 zoo.register(app)
+catalog.register(app)
 cluster.register(app)
 
 

@@ -70,13 +70,3 @@ def trust_factory(factory: str | None, code: str | None) -> None:
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, sort_keys=True))
-
-
-def size(count: int) -> str:
-    """Return bytes for people: ``1.4 MB`` (decimal)."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jobs.analysis import Analysis
 from jobs.cli.options import console as new_console
-from jobs.cli.options import size
 from jobs.cli.tables import Column, WholeTable
 from jobs.result import LayerQuality
+from storage.wording import size
 
 _FIGURES = ("bits", "weights", "SQNR dB", "flips %", "bytes", "KL nats", "same %", "top-1 lost")
 

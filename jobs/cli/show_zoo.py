@@ -14,12 +14,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from jobs.cli.options import size
 from jobs.cli.tables import Column, WholeTable
 from jobs.cli.terminal import PlainConsole
 from jobs.spec.zoo import ZooJob
 from jobs.zoo.row import ZooRow
 from jobs.zoo.run import ZooEvent, ZooListener
+from storage.wording import size
 
 _LATEST = 12
 _HEADINGS = 9  # lines of the live table that are no rows

@@ -8,10 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 from jobs.events import StageClock
-from jobs.result import level_name
 from jobs.spec.job import EvaluateSpec
 from jobs.stages.job import Job
-from storage.manifest import Manifest
+from storage.manifest import Manifest, level_name
 from workers.executor import Executor
 from workers.measure import Measured, MeasureTask, measure
 

@@ -85,19 +85,28 @@ class _Keys:
 
     def check(self, role: str, raw: bytes, name: str) -> Metadata[T]:
         """Parse what the store holds and verify it; the caller knows the type from the role."""
-        try:
-            metadata: Metadata[T] = Metadata.from_bytes(raw)
-            self.root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        except UnsignedMetadataError as error:
-            raise SigningError(
-                f"{name}: the newest {role} is not signed by a key that the root still names; "
-                "sign afresh, saying which versions and tags count"
-            ) from error
-        except (RepositoryError, ValueError) as error:
-            raise SigningError(f"{name}: {role}: {error}") from error
-        if metadata.signed.unrecognized_fields.get(MODEL_FIELD) != name:
-            raise SigningError(f"{name}: the {role} there is of another model")
-        return metadata
+        return check_signed(self.root, role, raw, name)
+
+
+def check_signed(root: Root, role: str, raw: bytes, name: str) -> Metadata[T]:
+    """Return a role's document of a model, of the type that its role has. Raises ``SigningError`` unless a root's keys
+    have signed it for this model.
+    """
+    try:
+        metadata: Metadata[T] = Metadata.from_bytes(raw)
+        root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+    except UnsignedMetadataError as error:
+        raise SigningError(
+            f"{name}: the newest {role} is not signed by a key that the root still names; "
+            "sign afresh, saying which versions and tags count"
+        ) from error
+    except (RepositoryError, ValueError) as error:
+        raise SigningError(f"{name}: {role}: {error}") from error
+    if metadata.signed.type != role:  # one key may sign several roles
+        raise SigningError(f"{name}: a {metadata.signed.type} stands where the {role} should; sign the model again")
+    if metadata.signed.unrecognized_fields.get(MODEL_FIELD) != name:
+        raise SigningError(f"{name}: the {role} there is of another model")
+    return metadata
 
 
 def trust_key(name: str, document: str) -> str:

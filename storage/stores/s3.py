@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from typing_extensions import override
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import CompletedMultipartUploadTypeDef, CompletedPartTypeDef, GetObjectOutputTypeDef
 
 _PIECE_BYTES = 1 << 20
+# A bucket may serve a site to browsers, which show a page by its type; keys without one of these endings have none.
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".md": "text/markdown; charset=utf-8",
+}
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 T = TypeVar("T")
 
@@ -285,7 +292,9 @@ class S3Store(BlobStore):
         """Send one PUT with this base64 MD5 for the server to check. Raises `Corrupt` where it finds other bytes."""
         name = self._name(key)
         call = functools.partial(self.client.put_object, Bucket=self.bucket, Key=name, Body=bytes(data), ContentMD5=md5)
-        answer = self._guard("PUT", key, lambda: call(**condition))  # type: ignore[arg-type]
+        kind = _MEDIA_TYPES.get(PurePosixPath(key).suffix)
+        options = condition | ({"ContentType": kind} if kind else {})
+        answer = self._guard("PUT", key, lambda: call(**options))  # type: ignore[arg-type]
         with self._whole_answer("PUT", key):
             return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
 

@@ -21,10 +21,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.cli.options import size
 from jobs.cli.show_zoo import _LiveTable, results_table
 from jobs.cli.tables import Column, WholeTable
 from jobs.zoo.run import ZooEvent
+from storage.wording import size
 from tests.jobs.test_zoo_report import row
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json, size, split_ref
+from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json, split_ref
+from storage.wording import size
 
 if TYPE_CHECKING:
     from storage.device import Device, Event, Moved

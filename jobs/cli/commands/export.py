@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Code, Factory, Json, Model, Store, print_json, size, split_ref, trust_factory
+from jobs.cli.options import Code, Factory, Json, Model, Store, print_json, split_ref, trust_factory
 from storage.manifest import Engine
+from storage.wording import size
 
 
 def register(app: typer.Typer) -> None:

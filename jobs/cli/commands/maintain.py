@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Json, Store, console, print_json, size
+from jobs.cli.options import Json, Store, console, print_json
+from storage.wording import size
 
 _DAY_S = 86_400.0
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cli.options import Code, Factory, Json, Model, Store, console, print_json, size, split_ref, trust_factory
+from jobs.cli.options import Code, Factory, Json, Model, Store, console, print_json, split_ref, trust_factory
+from storage.wording import size
 
 
 def register(app: typer.Typer) -> None:

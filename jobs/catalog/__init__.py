@@ -1,0 +1,1 @@
+"""A store as a static site: its models, their versions, and what was measured of them."""
