@@ -29,12 +29,12 @@ def digest_file(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
-def file_version(seen: os.stat_result) -> str:
+def file_version(status: os.stat_result) -> str:
     """Return what tells a file from one written later under its name: inode, time of change and length.
 
     Two writes within one tick of the file system's clock (some milliseconds) may look like one.
     """
-    return f"{seen.st_ino:x}-{seen.st_mtime_ns:x}-{seen.st_size:x}"
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def digest_pieces(pieces: Iterable[bytes]) -> tuple[str, int]:
@@ -57,6 +57,6 @@ def verify_bytes(key: str, data: Data, *, digest: str, size_bytes: int) -> None:
     """Raise `Corrupt` unless ``data`` has this length in bytes and this digest."""
     if len(data) != size_bytes:
         raise Corrupt(key, expected=f"{size_bytes} bytes", seen=f"{len(data)} bytes")
-    seen = digest_bytes(data)
-    if seen != digest:
-        raise Corrupt(key, expected=digest, seen=seen)
+    actual = digest_bytes(data)
+    if actual != digest:
+        raise Corrupt(key, expected=digest, seen=actual)

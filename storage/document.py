@@ -51,10 +51,10 @@ def _containers(value: Any) -> list[Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    document = dict(pairs)
+    if len(document) != len(pairs):
         raise ValueError("a key stands twice")
-    return found
+    return document
 
 
 def _no_number(text: str) -> NoReturn:

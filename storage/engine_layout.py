@@ -133,8 +133,8 @@ def read_layout(raw: bytes, manifest: Manifest) -> tuple[Layout, dict[str, npt.N
         for level in range(tensor.levels):
             value = values.get(tensor.value_key(level))
             if value is None or value.dtype != np.dtype(tensor.dtype) or value.shape != tensor.shape:
-                seen = "not there" if value is None else f"{value.dtype} {value.shape}"
+                actual = "not there" if value is None else f"{value.dtype} {value.shape}"
                 raise InvalidShard(
-                    f"engine layout: {tensor.value_key(level)!r} is {seen}, expected {tensor.dtype} {tensor.shape}"
+                    f"engine layout: {tensor.value_key(level)!r} is {actual}, expected {tensor.dtype} {tensor.shape}"
                 )
     return layout, values

@@ -46,7 +46,7 @@ def read_verified(path: Path, *, digest: str, size_bytes: int) -> bytes:
     if len(data) != size_bytes:
         longer = f"more than {size_bytes}" if len(data) > size_bytes else str(len(data))
         raise Damaged(f"{path}: {longer} bytes, expected {size_bytes}", key=digest)
-    seen = digest_bytes(data)
-    if seen != digest:
-        raise Damaged(f"{path}: its SHA-256 is {seen}, expected {digest}", key=digest)
+    actual = digest_bytes(data)
+    if actual != digest:
+        raise Damaged(f"{path}: its SHA-256 is {actual}, expected {digest}", key=digest)
     return data

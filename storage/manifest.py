@@ -310,9 +310,9 @@ def check_preprocessing(record: dict[str, Any]) -> None:
     ``size`` in pixels, one number or ``[height, width]``; ``resize`` likewise or None; ``mean`` and ``std`` by channel;
     ``interpolation`` by name.
     """
-    known = {"size", "resize", "mean", "std", "interpolation"}
-    if unknown := sorted(set(record) - known):
-        raise ValueError(f"unknown key {str(unknown[0])[:40]!r}; known are {', '.join(sorted(known))}")
+    keys = {"size", "resize", "mean", "std", "interpolation"}
+    if unknown := sorted(set(record) - keys):
+        raise ValueError(f"unknown key {str(unknown[0])[:40]!r}; known are {', '.join(sorted(keys))}")
     for key in ("size", "resize"):
         sides = record.get(key)
         listed = sides if isinstance(sides, list) else [sides]
@@ -337,11 +337,11 @@ def _is_number(value: object) -> bool:
 
 def first_repeated(names: Iterable[str]) -> str | None:
     """Return the first name that stood before, or None; one pass over however many there are."""
-    seen: set[str] = set()
+    earlier: set[str] = set()
     for name in names:
-        if name in seen:
+        if name in earlier:
             return name
-        seen.add(name)
+        earlier.add(name)
     return None
 
 

@@ -122,12 +122,12 @@ def parse_entry(raw: bytes, name: str, tag: str, number: int) -> TagEntry:
     except ValueError as error:
         raise InvalidManifest(f"{key}: no entry of a tag: {str(error).splitlines()[0]}", key=key) from error
     if (entry.name, entry.tag, entry.number) != (name, tag, number):
-        seen = f"entry {entry.number} of {entry.name}'s tag {entry.tag!r}"
-        raise InvalidManifest(f"{key}: is {seen}; it was stored under another number", key=key)
+        subject = f"entry {entry.number} of {entry.name}'s tag {entry.tag!r}"
+        raise InvalidManifest(f"{key}: is {subject}; it was stored under another number", key=key)
     return entry
 
 
-def read_tag_state(read: Callable[[str, int], bytes | None], name: str, tag: str) -> TagState:
+def read_tag_state(fetch: Callable[[str, int], bytes | None], name: str, tag: str) -> TagState:
     """Return what stands of a tag. ``read(key, max_bytes)`` returns an object's bytes, None where there is none.
 
     The copy is read first: whatever it says, the entry behind it is there by then. Four small reads, two more for a
@@ -135,21 +135,21 @@ def read_tag_state(read: Callable[[str, int], bytes | None], name: str, tag: str
     """
     copy, damage = None, None
     try:
-        raw = read(tag_key(name, tag), MAX_TAG_BYTES)
+        raw = fetch(tag_key(name, tag), MAX_TAG_BYTES)
         copy = None if raw is None else parse_tag(raw, name, tag)
     except (InvalidManifest, TooLarge) as error:
         damage = error
-    found: dict[int, TagEntry] = {}
+    entries: dict[int, TagEntry] = {}
 
     def there(number: int) -> bool:
-        raw = read(entry_key(name, tag, number), MAX_TAG_BYTES)
+        raw = fetch(entry_key(name, tag, number), MAX_TAG_BYTES)
         if raw is not None:
-            found[number] = parse_entry(raw, name, tag, number)
+            entries[number] = parse_entry(raw, name, tag, number)
         return raw is not None
 
-    hint = read(newest_entry_key(name, tag), MAX_TAG_BYTES)
+    hint = fetch(newest_entry_key(name, tag), MAX_TAG_BYTES)
     newest = newest_number(there, 0 if hint is None else _hinted(hint))
-    return TagState(copy, found.get(newest), damage)
+    return TagState(copy, entries.get(newest), damage)
 
 
 def _hinted(raw: bytes) -> int:

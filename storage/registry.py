@@ -131,10 +131,10 @@ class Registry:
         """
         key = layout.blob_key(descriptor.digest)
         try:
-            found = self.store.head(key)
+            info = self.store.head(key)
         except NotFound:
             return False
-        if found.size_bytes != descriptor.size_bytes or self._is_condemned(key, found.modified_s):
+        if info.size_bytes != descriptor.size_bytes or self._is_condemned(key, info.modified_s):
             return False
         try:
             return digest_pieces(self.store.stream(key)) == (descriptor.digest, descriptor.size_bytes)
@@ -192,9 +192,9 @@ class Registry:
 
         def check(descriptor: Descriptor) -> None:
             key = layout.blob_key(descriptor.digest)
-            seen = self.store.head(key).size_bytes
-            if seen != descriptor.size_bytes:
-                raise Corrupt(key, expected=f"{descriptor.size_bytes} bytes", seen=f"{seen} bytes")
+            actual_bytes = self.store.head(key).size_bytes
+            if actual_bytes != descriptor.size_bytes:
+                raise Corrupt(key, expected=f"{descriptor.size_bytes} bytes", seen=f"{actual_bytes} bytes")
 
         with ThreadPoolExecutor(_CHECK_THREADS) as pool:
             for _ in pool.map(check, descriptors):
@@ -204,10 +204,10 @@ class Registry:
         """Write one number; return None where it is somebody else's."""
         manifest = draft.model_copy(update={"version": version})
         raw, key = canonical_json(manifest), layout.manifest_key(draft.name, version)
-        taken = take_number(self.store, key, raw, max_bytes=MAX_MANIFEST_BYTES, create_only=create_only)
-        met.retries += taken.retries
-        met.lost_races += not taken.ours
-        return Published(draft.name, version, digest_bytes(raw), created=True) if taken.ours else None
+        claim = take_number(self.store, key, raw, max_bytes=MAX_MANIFEST_BYTES, create_only=create_only)
+        met.retries += claim.retries
+        met.lost_races += not claim.ours
+        return Published(draft.name, version, digest_bytes(raw), created=True) if claim.ours else None
 
     def newest_version(self, name: str) -> int:
         """Return the highest number given out so far, deleted versions included; 0 where there is none.
@@ -273,14 +273,14 @@ class Registry:
 
     def versions(self, name: str) -> list[int]:
         """Return the numbers of all versions that were not deleted, ascending, as LIST tells."""
-        found = []
+        numbers = []
         for info in self.store.list(layout.versions_prefix(name)):
             version = layout.manifest_version(info.key)
             if version is None:
                 continue
             if info.size_bytes > TOMBSTONE_MAX_BYTES or read_tombstone(self._raw(name, version)) is None:
-                found.append(version)
-        return found
+                numbers.append(version)
+        return numbers
 
     def models(self) -> list[str]:
         """Return the names that have anything published, sorted, as LIST tells."""

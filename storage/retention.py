@@ -217,12 +217,10 @@ def _problem(where: str, error: StorageError) -> str:
 def _check_blob(store: BlobStore, blob: Descriptor, where: str) -> tuple[int, str | None]:
     """Read a blob piece by piece, so that any size fits in memory."""
     try:
-        seen, seen_bytes = digest_pieces(store.stream(layout.blob_key(blob.digest)))
+        digest, size_bytes = digest_pieces(store.stream(layout.blob_key(blob.digest)))
     except StorageError as error:
         return 0, _problem(where, error)
-    if (seen, seen_bytes) != (blob.digest, blob.size_bytes):
-        return (
-            seen_bytes,
-            f"{where}: {layout.blob_key(blob.digest)}: expected {blob.size_bytes} bytes, seen {seen_bytes} with {seen}",
-        )
-    return seen_bytes, None
+    if (digest, size_bytes) == (blob.digest, blob.size_bytes):
+        return size_bytes, None
+    key = layout.blob_key(blob.digest)
+    return size_bytes, f"{where}: {key}: expected {blob.size_bytes} bytes, seen {size_bytes} with {digest}"

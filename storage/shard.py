@@ -101,8 +101,8 @@ class Shard:
         """
         stored = self.integers.get(key)
         if stored is None or math.prod(stored.shape) != count:
-            seen = "none" if stored is None else f"{stored.shape}"
-            raise InvalidShard(f"shard: {count} integers expected under {key!r}, seen {seen}", key=key)
+            actual = "none" if stored is None else f"{stored.shape}"
+            raise InvalidShard(f"shard: {count} integers expected under {key!r}, seen {actual}", key=key)
         if self.codec == "packed":
             return stored.payload
         values = np.frombuffer(_decode_frame(key, stored.payload, count), dtype=np.int8)

@@ -28,7 +28,7 @@ def bounded(text: str) -> str:
     """
     if len(text) <= MOST_SEEN:
         return text
-    lines = (_SEEN.sub(lambda found: _cut(found[0], MOST_SEEN), line) for line in text.split("\n"))
+    lines = (_SEEN.sub(lambda match: _cut(match[0], MOST_SEEN), line) for line in text.split("\n"))
     return "\n".join(_cut(line, _MOST_LINE) for line in lines)
 
 

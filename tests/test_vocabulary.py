@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
+import pytest
 import torch
 
 import nestquant.config
@@ -39,3 +43,53 @@ def test_the_spec_and_the_method_refuse_the_same_bits() -> None:
                 continue
             raise AssertionError(f"{check.__module__} took {bits}")
     assert check_bits((8, 6, 4)) == (8, 6, 4)
+
+
+# They say that something happened to a value, not what the value is. ``read`` counts as a value's name; as a function's
+# it is a verb.
+PARTICIPLES = frozenset(
+    {"asked", "done", "found", "given", "held", "kept", "known"}
+    | {"left", "made", "read", "seen", "taken", "told", "wanted"}
+)
+NOUNS_ONLY = ("storage",)
+# Keys of published documents and events, and what an error says of itself.
+PUBLISHED = {("storage/errors.py", "seen")}
+
+
+def names_bound(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield every name that a module gives: to a value, a parameter, a field, a function or a class."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                if name.strip("_") != "read":
+                    yield name, node.lineno
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name, node.lineno
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)):
+                yield name, node.lineno
+
+
+@pytest.mark.parametrize("package", NOUNS_ONLY)
+def test_no_name_is_a_bare_participle(package: str) -> None:
+    root = Path(__file__).parent.parent
+    modules = sorted((root / package).rglob("*.py"))
+    assert modules
+    participles = [
+        f"{path.relative_to(root)}:{line}: {name}"
+        for path in modules
+        for name, line in names_bound(ast.parse(path.read_text(encoding="utf-8")))
+        if name.strip("_") in PARTICIPLES and (str(path.relative_to(root)), name) not in PUBLISHED
+    ]
+    assert not participles, "say what the value is: " + ", ".join(participles)
+
+
+def test_the_check_sees_every_way_to_give_a_name() -> None:
+    source = """
+def found(given, *, held=1):
+    (seen := 2)
+    self.kept = left = 3
+    for told in (): ...
+def read(): ...
+"""
+    names = {name for name, _ in names_bound(ast.parse(source))}
+    assert names & PARTICIPLES == {"found", "given", "held", "seen", "kept", "left", "told"}

@@ -76,21 +76,21 @@ def write_bundle(
         DeviceError: there is no such level. CacheError, NoSpace: the file cannot be written.
     """
     registry = Registry(store)
-    found = registry.resolve(name, ref)
-    levels = found.manifest.level_count()
+    version = registry.resolve(name, ref)
+    levels = version.manifest.level_count()
     if level is not None and not 0 <= level < levels:
-        raise DeviceError(f"{name} version {found.version} has levels 0 to {levels - 1}, not {level}")
+        raise DeviceError(f"{name} version {version.version} has levels 0 to {levels - 1}, not {level}")
     top = levels - 1 if level is None else level
-    contents = Contents(name=name, version=found.version, digest=found.digest, level=top)
-    signed_documents = _signed_documents(store, name, found, timestamp)
-    documents = signed_documents + _plain_documents(registry, name, found)
+    contents = Contents(name=name, version=version.version, digest=version.digest, level=top)
+    signed_documents = _signed_documents(store, name, version, timestamp)
+    documents = signed_documents + _plain_documents(registry, name, version)
     part = out.with_name(f"{out.name}.part")
     with disk_errors(str(out)):
         try:
             with part.open("wb") as file:
                 for key, raw in [(CONTENTS, canonical_json(contents)), *documents]:
                     _add(file, key, len(raw), iter([raw]), digest_bytes(raw))
-                for blob in blobs_of(found.manifest, top):
+                for blob in blobs_of(version.manifest, top):
                     key = blob_key(blob.digest)
                     _add(file, key, blob.size_bytes, store.stream(key), blob.digest)
                 file.write(bytes(2 * _BLOCK))
@@ -104,21 +104,23 @@ def write_bundle(
     return Written(contents, size_bytes, bool(signed_documents))
 
 
-def documents_of(store: BlobStore, name: str, found: Resolved) -> list[tuple[str, bytes]]:
+def documents_of(store: BlobStore, name: str, resolved: Resolved) -> list[tuple[str, bytes]]:
     """Return keys and bytes of all that a device reads of a version before its blobs.
 
     Those that are signed, the tags that name it, the manifest. Raises as ``write_bundle`` does.
     """
-    return _signed_documents(store, name, found, None) + _plain_documents(Registry(store), name, found)
+    return _signed_documents(store, name, resolved, None) + _plain_documents(Registry(store), name, resolved)
 
 
-def _plain_documents(registry: Registry, name: str, found: Resolved) -> list[tuple[str, bytes]]:
-    tags = [tag for tag, version in registry.tags(name).items() if version == found.version]
+def _plain_documents(registry: Registry, name: str, resolved: Resolved) -> list[tuple[str, bytes]]:
+    tags = [tag for tag, version in registry.tags(name).items() if version == resolved.version]
     documents = [(tag_key(name, tag), canonical_json(registry.read_tag(name, tag))) for tag in tags]
-    return [*documents, (manifest_key(name, found.version), found.raw)]
+    return [*documents, (manifest_key(name, resolved.version), resolved.raw)]
 
 
-def _signed_documents(store: BlobStore, name: str, found: Resolved, timestamp: bytes | None) -> list[tuple[str, bytes]]:
+def _signed_documents(
+    store: BlobStore, name: str, resolved: Resolved, timestamp: bytes | None
+) -> list[tuple[str, bytes]]:
     from storage.signing.keys import SigningError  # python-tuf, which an unsigned bundle does without
     from storage.signing.metadata import MAX_TARGETS_BYTES, newest_edition, trust_key
     from storage.signing.root import newest_root
@@ -127,10 +129,10 @@ def _signed_documents(store: BlobStore, name: str, found: Resolved, timestamp: b
     edition = newest_edition(store, name)
     if not edition:
         return []
-    key = manifest_key(name, found.version)
+    key = manifest_key(name, resolved.version)
     target = newest_targets(store, name).get(key)
-    if target is None or f"sha256:{target.hashes.get('sha256')}" != found.digest:
-        raise SigningError(f"{name} is signed, and version {found.version} is not; sign it, then bundle it")
+    if target is None or f"sha256:{target.hashes.get('sha256')}" != resolved.digest:
+        raise SigningError(f"{name} is signed, and version {resolved.version} is not; sign it, then bundle it")
     keys = trust_keys_of(name, edition=edition, root_version=newest_root(store).signed.version)
     own = {trust_key(name, "timestamp"): timestamp} if timestamp is not None else {}
     return [(one, own.get(one) or store.get(one, max_bytes=MAX_TARGETS_BYTES)) for one in keys]
@@ -151,9 +153,9 @@ def _add(file: BinaryIO, key: str, size_bytes: int, pieces: Iterator[bytes], dig
             break
         hasher.update(piece)
         file.write(piece)
-    seen = f"sha256:{hasher.hexdigest()}"
-    if (have, seen) != (size_bytes, digest):
-        raise Corrupt(key, expected=f"{size_bytes} bytes with {digest}", seen=f"{have} bytes with {seen}")
+    actual = f"sha256:{hasher.hexdigest()}"
+    if (have, actual) != (size_bytes, digest):
+        raise Corrupt(key, expected=f"{size_bytes} bytes with {digest}", seen=f"{have} bytes with {actual}")
     file.write(bytes(-size_bytes % _BLOCK))
 
 
@@ -207,7 +209,7 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
 
     Headers alone are read, and none of the extensions that make a reader take a header's word for a length of memory.
     """
-    found: dict[str, tuple[int, int]] = {}
+    members: dict[str, tuple[int, int]] = {}
     with _stick_errors(path), open_regular(path) as file:
         end = os.fstat(file.fileno()).st_size
         at = 0
@@ -215,16 +217,16 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
             file.seek(at)
             header = file.read(_BLOCK)
             if header == bytes(_BLOCK):
-                return found
+                return members
             try:
                 info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
             except (tarfile.HeaderError, ValueError) as error:
                 raise _broken(path, f"no member at byte {at} ({error})") from error
-            if info.type != tarfile.REGTYPE or not is_key(info.name) or info.name in found or info.size < 0:
+            if info.type != tarfile.REGTYPE or not is_key(info.name) or info.name in members or info.size < 0:
                 raise _broken(path, f"{info.name[:200]!r} at byte {at} is no object of a bundle")
-            if at + _BLOCK + info.size > end or len(found) >= _MAX_MEMBERS:
+            if at + _BLOCK + info.size > end or len(members) >= _MAX_MEMBERS:
                 raise _broken(path, f"{info.name} does not fit: {info.size} bytes from byte {at + _BLOCK} of {end}")
-            found[info.name] = (at + _BLOCK, info.size)
+            members[info.name] = (at + _BLOCK, info.size)
             at += _BLOCK + -(-info.size // _BLOCK) * _BLOCK
 
 

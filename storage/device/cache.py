@@ -89,10 +89,10 @@ def blobs_of(manifest: Manifest, level: int) -> list[Descriptor]:
     """Return the blobs a version needs at ``level``, in fetching order: base, the engines' graphs, then each level in
     execution order.
     """
-    wanted: list[Descriptor] = [*manifest.base, *manifest.engine_blobs()]
+    blobs: list[Descriptor] = [*manifest.base, *manifest.engine_blobs()]
     for k in range(min(level + 1, manifest.level_count())):
-        wanted += [group.levels[k] for group in manifest.groups if k < len(group.levels)]
-    return list({descriptor.digest: descriptor for descriptor in wanted}.values())
+        blobs += [group.levels[k] for group in manifest.groups if k < len(group.levels)]
+    return list({descriptor.digest: descriptor for descriptor in blobs}.values())
 
 
 class Cache:
@@ -136,12 +136,12 @@ class Cache:
     def holds(self, descriptor: Descriptor) -> bool:
         """Tell whether the blob is there in its full length (its SHA-256 was checked before it got its name)."""
         try:
-            seen = self.blob_path(descriptor.digest).stat(
+            status = self.blob_path(descriptor.digest).stat(
                 follow_symlinks=False
             )  # once: another process may take it away between two looks
         except OSError:
             return False
-        return stat.S_ISREG(seen.st_mode) and seen.st_size == descriptor.size_bytes
+        return stat.S_ISREG(status.st_mode) and status.st_size == descriptor.size_bytes
 
     def state(self, name: str) -> State:
         """Read a model's state; an empty one when the cache does not know the model."""
@@ -232,13 +232,13 @@ class Cache:
         folder = self.model_folder(name)
         if not folder.is_dir():
             return False
-        found = self._files_of(name)
-        return not found or any(file.kind is not None for file in found)
+        files = self._files_of(name)
+        return not files or any(file.kind is not None for file in files)
 
     def names(self) -> list[str]:
         """Return the models that the cache knows, sorted."""
         with disk_errors(f"cache {self.root}"):
-            states = [found.path for found in walk(self.root, "models") if found.kind == "state"]
+            states = [entry.path for entry in walk(self.root, "models") if entry.kind == "state"]
         return sorted(path.parent.name for path in states if path.name == "state.json")
 
     def drop_state(self, name: str) -> None:
@@ -250,16 +250,16 @@ class Cache:
 
     def forget(self, name: str) -> list[str]:
         """Remove what else is ours in a model's folder, and the folder; return the names that are not ours and stay."""
-        found = self._files_of(name)
+        files = self._files_of(name)
         folder = self.model_folder(name)
         with disk_errors(str(folder)):
-            for file in found:
+            for file in files:
                 if file.kind is not None:
                     file.path.unlink()
             for empty in (folder / "manifests", folder):
                 with contextlib.suppress(OSError):  # somebody's files stand in it
                     empty.rmdir()
-        return [file.name.removeprefix(f"models/{name}/") for file in found if file.kind is None]
+        return [file.name.removeprefix(f"models/{name}/") for file in files if file.kind is None]
 
     def _files_of(self, name: str) -> list[Found]:
         return list(walk(self.root, f"models/{name}"))

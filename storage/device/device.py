@@ -20,7 +20,7 @@ from storage.device.pace import Pace
 from storage.device.report import Event, Moved, Phase, Reporter, Status, Verified
 from storage.device.resolve import Release, resolve_unsigned, was_deleted
 from storage.device.retry import Retry
-from storage.device.soundness import drop, fault, wanted
+from storage.device.soundness import drop, fault, inventory
 from storage.device.source import Documents, Source, StoreSource
 from storage.device.sweep import named, settle, sweep
 from storage.errors import VersionDeleted
@@ -77,8 +77,8 @@ class Device:
             release = self._unless_signed(state, release)
             same = state.current is not None and state.current.digest == release.digest
             floor = state.current.level if state.current else 0
-            wanted = floor if level is None else max(level, floor) if same else level
-            return self._install(state, release, _level(release.manifest, wanted))
+            target = floor if level is None else max(level, floor) if same else level
+            return self._install(state, release, _level(release.manifest, target))
 
     def upgrade(self, name: str, level: int | None = None) -> Moved:
         """Bring the low shards of the version in use up to ``level`` (default: all).
@@ -117,7 +117,7 @@ class Device:
             if previous is None:
                 raise NotInstalled(f"{name}: no earlier version in {self.root} to go back to")
             blobs = blobs_of(self._cache.manifest(name, previous), previous.level)
-            faults = [seen for blob in blobs if (seen := fault(self._cache, blob)) is not None]
+            faults = [reason for blob in blobs if (reason := fault(self._cache, blob)) is not None]
             if faults:
                 raise ContentError(
                     f"{name} version {previous.version} is not whole, so {name} stays at version {current.version}: "
@@ -147,14 +147,14 @@ class Device:
         Each at its level. ``discard`` deletes damaged blobs, so that ``pull`` brings them again.
         """
         tell = self._reporter(name)
-        versions, blobs, damaged = wanted(self._cache, name)
+        versions, blobs, damaged = inventory(self._cache, name)
         for index, blob in enumerate(blobs):
-            seen = fault(self._cache, blob)
-            if seen is not None and discard:
+            reason = fault(self._cache, blob)
+            if reason is not None and discard:
                 with self._lock(name):
-                    seen = self._drop_damaged(blob)
-            if seen is not None:
-                damaged.append(seen)
+                    reason = self._drop_damaged(blob)
+            if reason is not None:
+                damaged.append(reason)
             tell.blob(self._cache.blob_path(blob.digest), (0, 0), (index, len(blobs)))
         size_bytes = sum(blob.size_bytes for blob in blobs)
         current, previous = versions[0], versions[1] if len(versions) > 1 else None
@@ -171,10 +171,10 @@ class Device:
             return self._drop_damaged(blob)
 
     def _drop_damaged(self, blob: Descriptor) -> str | None:
-        seen = fault(self._cache, blob)
-        if seen is not None:
+        reason = fault(self._cache, blob)
+        if reason is not None:
             drop(self._cache, blob)
-        return seen
+        return reason
 
     def status(self, name: str) -> Status:
         """Say what the cache holds of a model; reads the disk alone."""

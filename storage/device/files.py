@@ -89,8 +89,8 @@ def open_file(path: Path) -> BinaryIO:
     """
     check_file(path)
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | _CAREFUL | _BINARY, FILE_MODE), "r+b", buffering=0)
-    seen = os.fstat(file.fileno())
-    if not stat.S_ISREG(seen.st_mode) or seen.st_nlink > 1:
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         file.close()
         raise NotOurs(f"{path}: a second name of another file where a cache has its own; remove it and try again")
     return file

@@ -54,14 +54,14 @@ class HttpClient:
         """Open ``url``; ``key`` is its name in errors, which never show the URL (it may carry a signature)."""
         from urllib3.exceptions import HTTPError, SSLError
 
-        wanted = {"Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
         if start:
-            wanted["Range"] = f"bytes={start}-"
+            headers["Range"] = f"bytes={start}-"
             if etag is not None:
-                wanted["If-Range"] = f'"{etag}"'
+                headers["If-Range"] = f'"{etag}"'
         host = _host(_parts(url, key))
         try:
-            response = self._follow(url, key, wanted)
+            response = self._follow(url, key, headers)
         except SSLError as error:
             raise SourceError(f"{key}: {host} has no valid certificate: {_line(error)}", retryable=False) from error
         except HTTPError as error:
@@ -71,7 +71,7 @@ class HttpClient:
         finally:
             response.close()
 
-    def _follow(self, url: str, key: str, wanted: dict[str, str]) -> BaseHTTPResponse:
+    def _follow(self, url: str, key: str, request_headers: dict[str, str]) -> BaseHTTPResponse:
         first = _parts(url, key)
         for _ in range(_MAX_REDIRECTS + 1):
             parts = _parts(url, key)
@@ -79,7 +79,7 @@ class HttpClient:
                 raise SourceError(f"{key}: not an http(s) address", retryable=False)
             if first.scheme == "https" and parts.scheme != "https":
                 raise SourceError(f"{key}: {_host(first)} redirects from https to {parts.scheme}", retryable=False)
-            headers = {**self.headers, **wanted} if parts.netloc == first.netloc else wanted
+            headers = {**self.headers, **request_headers} if parts.netloc == first.netloc else request_headers
             response = self._pool(parts.scheme).request(
                 "GET", url, headers=headers, redirect=False, retries=False, preload_content=False, decode_content=False
             )
@@ -175,22 +175,23 @@ def _body(response: BaseHTTPResponse, key: str, start: int, etag: str | None) ->
     if (encoding := response.headers.get("Content-Encoding", "identity").lower()) != "identity":
         raise SourceError(f"{key}: the server sent it as {encoding}, which was not asked for", retryable=False)
     tag = response.headers.get("ETag", "")
-    seen = tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else None  # a weak tag does not tell bytes apart
+    # A weak tag does not tell bytes apart.
+    strong = tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else None
     begin, total = 0, _number(response.headers.get("Content-Length"))
     if total is None and "chunked" not in response.headers.get("Transfer-Encoding", "").lower():
         raise SourceError(f"{key}: the answer does not say where it ends; its headers may have been cut")
     if response.status == 206:
         begin, total = _ranged(response.headers.get("Content-Range", ""), key, start)
-        if etag is not None and seen is not None and seen != etag:
-            raise SourceChanged(f"{key}: its entity tag was {etag} and is {seen}")
-    return Body(begin, total, seen, _chunks(response, key))
+        if etag is not None and strong is not None and strong != etag:
+            raise SourceChanged(f"{key}: its entity tag was {etag} and is {strong}")
+    return Body(begin, total, strong, _chunks(response, key))
 
 
 def _ranged(content_range: str, key: str, start: int) -> tuple[int, int | None]:
     match = _CONTENT_RANGE.fullmatch(content_range)
     if not start or match is None or int(match[1]) != start:
-        asked = f"from byte {start}" if start else "all of it"
-        raise SourceError(f"{key}: asked for {asked}, the server sent Content-Range {content_range[:80]!r}")
+        extent = f"from byte {start}" if start else "all of it"
+        raise SourceError(f"{key}: asked for {extent}, the server sent Content-Range {content_range[:80]!r}")
     return start, None if match[3] == "*" else int(match[3])
 
 
@@ -202,8 +203,8 @@ def _refusal(response: BaseHTTPResponse, key: str, start: int) -> SourceError:
     if response.status in {401, 403}:
         return SourceDenied(f"{said}{_skew(response.headers.get('Date'))}")
     if response.status == 416:
-        held = response.headers.get("Content-Range", "")[:80]
-        return SourceChanged(f"{said}: nothing from byte {start} on (Content-Range {held!r})")
+        content_range = response.headers.get("Content-Range", "")[:80]
+        return SourceChanged(f"{said}: nothing from byte {start} on (Content-Range {content_range!r})")
     again = response.status in {408, 425, 429} or response.status >= 500
     return SourceError(said, retryable=again, retry_after_s=_retry_after_s(response.headers.get("Retry-After")))
 

@@ -74,27 +74,27 @@ class Installation:
         """Hash every blob that is here, for it is about to be relied upon, and delete those that rotted."""
         damaged = []
         for blob in blobs:
-            if self.cache.blob_path(blob.digest).exists() and (seen := fault(self.cache, blob)) is not None:
-                self.tell.warning(f"damaged here, brought anew: {seen}")
+            if self.cache.blob_path(blob.digest).exists() and (reason := fault(self.cache, blob)) is not None:
+                self.tell.warning(f"damaged here, brought anew: {reason}")
                 drop(self.cache, blob)
-                damaged.append(seen)
+                damaged.append(reason)
         return tuple(damaged)
 
     def _fetch(self, blobs: list[Descriptor]) -> Traffic:
-        total, done, index = _sum(blobs), 0, 0
+        total, progress_bytes, index = _sum(blobs), 0, 0
 
         def on_bytes(here: int) -> None:
-            self.tell.bytes((done + here, total), (index, len(blobs)))
+            self.tell.bytes((progress_bytes + here, total), (index, len(blobs)))
 
         def on_retry(why: str, wait_s: float) -> None:
-            self.tell.retry(why, wait_s, (done, total), (index, len(blobs)))
+            self.tell.retry(why, wait_s, (progress_bytes, total), (index, len(blobs)))
 
         fetcher = Fetcher(need_source(self.source), self.cache, self.retry, self.pace, on_bytes, on_retry)
         for index, blob in enumerate(blobs):
             if not self.cache.holds(blob):
                 fetcher.fetch(blob_key(blob.digest), blob)
-            done += blob.size_bytes
-            self.tell.blob(self.cache.blob_path(blob.digest), (done, total), (index, len(blobs)))
+            progress_bytes += blob.size_bytes
+            self.tell.blob(self.cache.blob_path(blob.digest), (progress_bytes, total), (index, len(blobs)))
         return fetcher.traffic
 
     def _check_space(self, missing: list[Descriptor]) -> None:

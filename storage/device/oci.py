@@ -93,12 +93,12 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
     from oras.provider import Registry as Oras
 
     place = Place.parse(uri)
-    found = Registry(store).resolve(name, ref)
-    documents = documents_of(store, name, found)
+    version = Registry(store).resolve(name, ref)
+    documents = documents_of(store, name, version)
     _greet(place)
     oras = Oras(hostname=place.host, insecure=place.base_url.startswith("http:"))
     oras.auth.load_configs(oras.get_container(f"{place.host}/{place.repository}:{place.tag}"))
-    config = _config(found)
+    config = _config(version)
     layers = [_layer(DOCUMENT_TYPE, raw, key) for key, raw in documents]
     sent = 0
     with TemporaryDirectory(prefix="nestquant-push-") as scratch, _registry_errors(place):
@@ -107,7 +107,7 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
         for raw in [config, *(raw for _, raw in documents)]:
             file.write_bytes(raw)
             sent += upload.send(digest_bytes(raw), len(raw))
-        for index, blob in enumerate(blobs_of(found.manifest, found.manifest.level_count() - 1)):
+        for index, blob in enumerate(blobs_of(version.manifest, version.manifest.level_count() - 1)):
             key = blob_key(blob.digest)
             if not upload.has(blob.digest, blob.size_bytes):
                 with file.open("wb") as out:
@@ -122,11 +122,11 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
             "config": {"mediaType": CONFIG_TYPE, "digest": digest_bytes(config), "size": len(config)},
             "layers": layers,
         }
-        tags = tuple(dict.fromkeys((str(found.version), place.tag)))
+        tags = tuple(dict.fromkeys((str(version.version), place.tag)))
         for tag in tags:
             upload.name(manifest, tag)
     size_bytes = len(config) + sum(layer["size"] for layer in layers)
-    return Pushed(found.version, upload.digest, tags, sent, size_bytes)
+    return Pushed(version.version, upload.digest, tags, sent, size_bytes)
 
 
 def _greet(place: Place) -> None:
@@ -156,9 +156,9 @@ class _Upload:
         """Send the file unless it is there; return the bytes that travelled. The registry checks the digest."""
         if self.has(digest, size_bytes):
             return 0
-        seen = self._file.stat().st_size
-        if seen != size_bytes:
-            raise Corrupt(blob_key(digest), expected=f"{size_bytes} bytes", seen=f"{seen} bytes")
+        actual_bytes = self._file.stat().st_size
+        if actual_bytes != size_bytes:
+            raise Corrupt(blob_key(digest), expected=f"{size_bytes} bytes", seen=f"{actual_bytes} bytes")
         layer = {"digest": digest, "size": size_bytes}
         chunked = size_bytes > 64 << 20
         self._check(self._oras.upload_blob(str(self._file), self._container, layer, do_chunked=chunked), digest)
@@ -199,14 +199,14 @@ def _described(media_type: str, digest: str, size_bytes: int, path: str, key: st
     return {"mediaType": media_type, "digest": digest, "size": size_bytes, "annotations": annotations}
 
 
-def _config(found: Resolved) -> bytes:
+def _config(version: Resolved) -> bytes:
     """Return the ModelPack configuration: the same bytes for the same version, so without a date."""
-    manifest: Manifest = found.manifest
+    manifest: Manifest = version.manifest
     widths = sorted({bits for layer in manifest.layers for bits in layer.bits})
     blobs = blobs_of(manifest, manifest.level_count() - 1)
     return canonical_json(
         {
-            "descriptor": {"name": manifest.name, "version": str(found.version), "revision": found.digest},
+            "descriptor": {"name": manifest.name, "version": str(version.version), "revision": version.digest},
             "config": {
                 "architecture": manifest.model.arch,
                 "format": "safetensors",
@@ -249,13 +249,13 @@ class OciSource:
         asking = replace(self.client, headers={**self.client.headers, "Accept": MANIFEST_TYPE})
         raw = Documents(PresignedSource(lambda _key, _fresh: url, asking)).read(what, max_bytes=_MAX_MANIFEST_BYTES)
         try:
-            found: dict[str, str] = {}
+            fields: dict[str, str] = {}
             for layer in parse_json(raw)["layers"]:
                 key, digest = layer["annotations"][OWN_KEY], layer["digest"]
                 if not is_key(key) or not _DIGEST.fullmatch(digest):
                     raise ValueError("a layer is no object of ours")
-                found[key] = f"{self.place.base_url}/blobs/{digest}"
+                fields[key] = f"{self.place.base_url}/blobs/{digest}"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = "a field is missing" if isinstance(error, KeyError) else str(error)[:100]
             raise SourceError(f"{self.place.host}/{what} is no version of ours ({said})", retryable=False) from error
-        return found
+        return fields

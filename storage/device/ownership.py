@@ -73,13 +73,13 @@ def walk(root: Path, below: str = "") -> Iterator[Found]:
     for entry in entries:
         name = f"{below}/{entry.name}" if below else entry.name
         try:
-            seen = entry.stat(follow_symlinks=False)
+            status = entry.stat(follow_symlinks=False)
         except FileNotFoundError:  # gone since the folder was read
             continue
-        if stat.S_ISDIR(seen.st_mode) and _FOLDERS.fullmatch(name) and is_key(name):
+        if stat.S_ISDIR(status.st_mode) and _FOLDERS.fullmatch(name) and is_key(name):
             yield from walk(root, name)
         else:
-            yield Found(name, Path(entry.path), _kind(name, seen.st_mode, entry.path), seen.st_size)
+            yield Found(name, Path(entry.path), _kind(name, status.st_mode, entry.path), status.st_size)
 
 
 def claim(root: Path) -> None:
@@ -118,32 +118,32 @@ def _foreign(root: Path) -> str | None:
     Blobs cannot: those that no model asked for are a store's, for all we know.
     """
     unproven, models = None, 0
-    for found in walk(root):
-        if found.kind == "marker":  # somebody was faster
+    for entry in walk(root):
+        if entry.kind == "marker":  # somebody was faster
             return None
-        if found.kind is None and found.name != _OF_A_VOLUME:
-            return found.name
-        proven = found.kind is None or _is_proven(found)
-        models += proven and found.kind == "state"
-        unproven = unproven or (None if proven else found.name)
+        if entry.kind is None and entry.name != _OF_A_VOLUME:
+            return entry.name
+        proven = entry.kind is None or _is_proven(entry)
+        models += proven and entry.kind == "state"
+        unproven = unproven or (None if proven else entry.name)
     return None if models else unproven
 
 
-def _is_proven(found: Found) -> bool:
+def _is_proven(entry: Found) -> bool:
     """Tell whether a file is what its name says: by its content, so that it cannot be anybody's."""
-    if found.kind not in ("state", "manifest", "trust") or found.path.suffix != ".json":
-        return found.kind == "lock" and found.size_bytes == 0
-    if found.path.is_symlink():  # python-tuf's, by its target
+    if entry.kind not in ("state", "manifest", "trust") or entry.path.suffix != ".json":
+        return entry.kind == "lock" and entry.size_bytes == 0
+    if entry.path.is_symlink():  # python-tuf's, by its target
         return True
-    raw = read_file(found.path, max_bytes=MAX_MANIFEST_BYTES)
+    raw = read_file(entry.path, max_bytes=MAX_MANIFEST_BYTES)
     try:
-        if found.kind == "manifest":
-            return hashlib.sha256(raw).hexdigest() == found.stem
+        if entry.kind == "manifest":
+            return hashlib.sha256(raw).hexdigest() == entry.stem
         document = parse_json(raw)
-        if found.kind == "state":
-            return bool(document["name"] == found.path.parent.name and "current" in document)
-        is_root = found.stem == "anchor" or found.path.parent.name == "root_history"
-        return bool(document["signed"]["_type"] == ("root" if is_root else found.stem))
+        if entry.kind == "state":
+            return bool(document["name"] == entry.path.parent.name and "current" in document)
+        is_root = entry.stem == "anchor" or entry.path.parent.name == "root_history"
+        return bool(document["signed"]["_type"] == ("root" if is_root else entry.stem))
     except (ValueError, TypeError, KeyError):
         return False
 

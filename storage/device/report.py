@@ -34,22 +34,22 @@ class Event:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Tells what happens to one model. ``done``: bytes here and bytes in all; ``at``: index of the blob, and count."""
+    """Tells what happens to one model. ``size``: bytes here and bytes in all; ``at``: index of the blob, and count."""
 
     name: str
     on_event: Callable[[Event], None]
 
-    def bytes(self, done: tuple[int, int], at: tuple[int, int]) -> None:
+    def bytes(self, size: tuple[int, int], at: tuple[int, int]) -> None:
         """So many bytes are here."""
-        self.on_event(Event("bytes", self.name, *done, *at))
+        self.on_event(Event("bytes", self.name, *size, *at))
 
-    def blob(self, path: Path, done: tuple[int, int], at: tuple[int, int]) -> None:
+    def blob(self, path: Path, size: tuple[int, int], at: tuple[int, int]) -> None:
         """A blob is whole."""
-        self.on_event(Event("blob", self.name, *done, *at, path))
+        self.on_event(Event("blob", self.name, *size, *at, path))
 
-    def retry(self, why: str, wait_s: float, done: tuple[int, int] = (0, 0), at: tuple[int, int] = (0, 0)) -> None:
+    def retry(self, why: str, wait_s: float, size: tuple[int, int] = (0, 0), at: tuple[int, int] = (0, 0)) -> None:
         """Something failed and is tried again."""
-        self.on_event(Event("retry", self.name, *done, *at, None, f"{why}; again in {wait_s:.1f} s"))
+        self.on_event(Event("retry", self.name, *size, *at, None, f"{why}; again in {wait_s:.1f} s"))
 
     def warning(self, message: str) -> None:
         """Something is not as it should be, and the work goes on."""

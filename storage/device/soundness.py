@@ -29,8 +29,8 @@ def fault(cache: Cache, blob: Descriptor) -> str | None:
         return f"{blob.digest}: cannot be read after {size_bytes} bytes ({error.strerror or error})"
     if size_bytes != blob.size_bytes:
         return f"{blob.digest}: {size_bytes} bytes, expected {blob.size_bytes}"
-    seen = f"sha256:{hasher.hexdigest()}"
-    return None if seen == blob.digest else f"{blob.digest}: the file's SHA-256 is {seen}"
+    actual = f"sha256:{hasher.hexdigest()}"
+    return None if actual == blob.digest else f"{blob.digest}: the file's SHA-256 is {actual}"
 
 
 def drop(cache: Cache, blob: Descriptor) -> None:
@@ -41,7 +41,7 @@ def drop(cache: Cache, blob: Descriptor) -> None:
             path.unlink()
 
 
-def wanted(cache: Cache, name: str) -> tuple[list[Installed], list[Descriptor], list[str]]:
+def inventory(cache: Cache, name: str) -> tuple[list[Installed], list[Descriptor], list[str]]:
     """Return what may come into use of a model: its versions, the blobs of all of them, and what cannot be read.
 
     The version in use stands first, then the one to go back to, each at its level.

@@ -73,9 +73,9 @@ class Staged:
 
     def check(self) -> None:
         """Compare with the digest and flush to the disk; raise ``ContentError`` for other bytes."""
-        seen = f"sha256:{self._hasher.hexdigest()}"
-        if seen != self._blob.digest:
-            raise ContentError(f"{self._blob.digest}: {self.have} bytes came, their SHA-256 is {seen}")
+        actual = f"sha256:{self._hasher.hexdigest()}"
+        if actual != self._blob.digest:
+            raise ContentError(f"{self._blob.digest}: {self.have} bytes came, their SHA-256 is {actual}")
         with disk_errors(str(self._path)):
             os.fsync(self._file.fileno())
 

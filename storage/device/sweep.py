@@ -71,18 +71,18 @@ def sweep(
             needs.add(cache, state)
     freed_bytes = 0
     with disk_errors(f"cache {cache.root}"):
-        ours = [found for found in walk(cache.root) if found.kind in _ALL]
-        here = {found.stem for found in ours if found.kind == "blob"}
-        for found in [found for found in ours if found.kind in kinds]:
-            if found.kind == "blob":
-                needless = found.stem not in needs.blobs and (not needs.doubts or found.stem in let_go)
-            elif found.kind == "staged":
-                needless = found.stem not in needs.blobs - here
+        ours = [entry for entry in walk(cache.root) if entry.kind in _ALL]
+        here = {entry.stem for entry in ours if entry.kind == "blob"}
+        for entry in [entry for entry in ours if entry.kind in kinds]:
+            if entry.kind == "blob":
+                needless = entry.stem not in needs.blobs and (not needs.doubts or entry.stem in let_go)
+            elif entry.kind == "staged":
+                needless = entry.stem not in needs.blobs - here
             else:
-                needless = found.path not in needs.manifests and found.path.parts[-3] not in needs.unreadable
+                needless = entry.path not in needs.manifests and entry.path.parts[-3] not in needs.unreadable
             if needless:
-                found.path.unlink()
-                freed_bytes += found.size_bytes if found.kind != "manifest" else 0
+                entry.path.unlink()
+                freed_bytes += entry.size_bytes if entry.kind != "manifest" else 0
     return Swept(freed_bytes, tuple(needs.doubts))
 
 

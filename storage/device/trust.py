@@ -123,22 +123,22 @@ class Trust:
             _check_anchor(self.anchor)
             make_folder(self.root, self.folder)
             replace_file(pinned, self.anchor)
-        known = read_file(pinned, max_bytes=MAX_ROOT_BYTES)
-        if self.anchor not in {None, known, *self._roots()}:
+        root = read_file(pinned, max_bytes=MAX_ROOT_BYTES)
+        if self.anchor not in {None, root, *self._roots()}:
             raise Untrusted(f"{self.root} trusts another root than the one given; use another cache for it")
-        return known
+        return root
 
     def _roots(self) -> list[bytes]:
         """Return the verified roots of all models' folders, newest first: a key revoked for one is so for all."""
-        files = [found.path for found in walk(self.root, "trust") if found.kind == "trust"]
+        files = [entry.path for entry in walk(self.root, "trust") if entry.kind == "trust"]
         roots = [path for path in files if path.parent.name == "root_history" and path.suffix == ".json"]
         return [read_file(path, max_bytes=MAX_ROOT_BYTES) for path in sorted(roots, key=_root_version, reverse=True)]
 
     def _check_files(self) -> None:
         """Raise ``NotOurs`` where a link or pipe stands under a name that python-tuf would read or write."""
-        for found in walk(self.root, "trust"):
-            if found.kind is None and is_ours(found.name):
-                check_file(found.path)
+        for entry in walk(self.root, "trust"):
+            if entry.kind is None and is_ours(entry.name):
+                check_file(entry.path)
 
 
 class _Fetcher(FetcherInterface):
@@ -160,8 +160,8 @@ class _Fetcher(FetcherInterface):
             data = self._documents.read(key, max_bytes=max_length)
         except (SourceNotFound, SourceDenied) as error:  # S3 answers 403 where a missing key may not be listed
             raise tuf.DownloadHTTPError(str(error), 404) from error
-        if not is_root and (seen := _model_of(data)) != self._name:
-            raise tuf.RepositoryError(f"{key} is signed for {seen!r}, not for {self._name!r}")
+        if not is_root and (model := _model_of(data)) != self._name:
+            raise tuf.RepositoryError(f"{key} is signed for {model!r}, not for {self._name!r}")
         return data
 
 
@@ -179,8 +179,8 @@ def _updater(folder: Path, anchor: bytes, roots: list[bytes], fetcher: _Fetcher)
 def _by_digest(targets: dict[str, TargetFile], name: str, digest: str) -> TargetFile | None:
     """Return the version whose manifest has this digest, if it is vouched for; a tag alone does not count."""
     prefix = versions_prefix(name)
-    found = (file for path, file in targets.items() if path.startswith(prefix))
-    return next((file for file in found if file.hashes.get("sha256") == digest_hex(digest)), None)
+    matches = (file for path, file in targets.items() if path.startswith(prefix))
+    return next((file for file in matches if file.hashes.get("sha256") == digest_hex(digest)), None)
 
 
 def _rolled_out(targets: dict[str, TargetFile], name: str, tag: str, tagged: TargetFile, member: Member) -> TargetFile:

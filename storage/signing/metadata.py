@@ -79,8 +79,8 @@ class _Keys:
             if signer.public_key.keyid in allowed.keyids:
                 metadata.sign(signer, append=True)
         if len(metadata.signatures) < allowed.threshold:
-            known = ", ".join(keyid[:12] for keyid in allowed.keyids)
-            raise SigningError(f"no key given that may sign {role}; the root names {known}")
+            keyids = ", ".join(keyid[:12] for keyid in allowed.keyids)
+            raise SigningError(f"no key given that may sign {role}; the root names {keyids}")
         return metadata.to_bytes()
 
     def check(self, role: str, raw: bytes, name: str) -> Metadata[T]:
@@ -143,20 +143,20 @@ def sign(
         SigningError: a key is missing, a tag would move back, the root has ended, or a clock is wrong.
         storage.StorageError: a version is not there, or the store refuses.
     """
-    wanted, entries = dict(tags or {}), tuple(moves)
+    targets, entries = dict(tags or {}), tuple(moves)
     named = set(versions)
-    taken = {manifest_key(name, version) for version in withdraw}
+    withdrawn = {manifest_key(name, version) for version in withdraw}
 
     def change(before: dict[str, TargetFile]) -> dict[str, TargetFile]:
-        forward = _forward(name, wanted, before, backwards)
+        forward = _forward(name, targets, before, backwards)
         due = [entry for entry in entries if _is_due(name, entry, before, backwards)]
         said = {**forward, **{entry.tag: entry.version for entry in due}}
         added = _targets_of(store, name, named | set(said.values()), said)
         for entry in due:
             added[tag_target(name, entry.tag)].unrecognized_fields["custom"]["entry"] = entry.number
         over = {path for tag, version in said.items() for path in _caught_up(name, tag, version, before)}
-        kept = {path: file for path, file in before.items() if not _withdrawn(path, file, name, taken | over)}
-        return {**kept, **added}
+        files = {path: file for path, file in before.items() if not _withdrawn(path, file, name, withdrawn | over)}
+        return {**files, **added}
 
     return amend(store, name, signers, change, afresh=afresh, lives=lives)
 
@@ -263,18 +263,18 @@ def _caught_up(name: str, tag: str, version: int, before: Mapping[str, TargetFil
 
 
 def _targets_of(store: BlobStore, name: str, versions: set[int], tags: Mapping[str, int]) -> dict[str, TargetFile]:
-    registry, found = Registry(store), {}
+    registry, targets = Registry(store), {}
     for version in sorted(versions):
         raw = registry.resolve(name, version).raw
         tagged = [tag_target(name, tag) for tag, tagged_version in tags.items() if tagged_version == version]
         for path in [manifest_key(name, version), *tagged]:
-            found[path] = TargetFile.from_data(path, raw, ["sha256"])
-            found[path].unrecognized_fields["custom"] = {"version": version}
-    return found
+            targets[path] = TargetFile.from_data(path, raw, ["sha256"])
+            targets[path].unrecognized_fields["custom"] = {"version": version}
+    return targets
 
 
-def _withdrawn(path: str, file: TargetFile, name: str, taken: set[str]) -> bool:
-    return path in taken or manifest_key(name, file.custom["version"]) in taken
+def _withdrawn(path: str, file: TargetFile, name: str, gone: set[str]) -> bool:
+    return path in gone or manifest_key(name, file.custom["version"]) in gone
 
 
 def newest_edition(store: BlobStore, name: str) -> int:

@@ -125,11 +125,11 @@ def revoke_key(
     """
     trusted = newest_root(store)
     root = _next(trusted, life)
-    held = [name for name, role in root.signed.roles.items() if keyid in role.keyids]
-    known = ", ".join(sorted(known[:12] for known in root.signed.keys))
-    if not held:
-        raise SigningError(f"key {keyid[:12]} signs for nothing; known are {known}")
-    for name in held:
+    roles = [name for name, role in root.signed.roles.items() if keyid in role.keyids]
+    keyids = ", ".join(sorted(full[:12] for full in root.signed.keys))
+    if not roles:
+        raise SigningError(f"key {keyid[:12]} signs for nothing; known are {keyids}")
+    for name in roles:
         if replacement is not None:
             root.signed.add_key(replacement, name)
         root.signed.revoke_key(keyid, name)

@@ -131,10 +131,10 @@ def _tagged(before: dict[str, TargetFile], name: str, tag: str) -> int:
 
 def _open(before: dict[str, TargetFile], name: str, tag: str, cohort: str | None, tagged: int = 0) -> Rollout | None:
     try:
-        found = [rollout for rollout in rollouts_of(before, name, tag) if rollout.cohort == cohort]
+        rollouts = [rollout for rollout in rollouts_of(before, name, tag) if rollout.cohort == cohort]
     except ValueError as error:
         raise SigningError(f"{name}: {error}") from error
-    return next((rollout for rollout in found if rollout.version > tagged), None)
+    return next((rollout for rollout in rollouts if rollout.version > tagged), None)
 
 
 def _need(before: dict[str, TargetFile], name: str, tag: str, cohort: str | None) -> Rollout:

@@ -42,7 +42,7 @@ class Race:
     detail: str
 
 
-_known: dict[str, Race] = {}
+_races: dict[str, Race] = {}
 _known_lock = threading.Lock()
 
 
@@ -54,9 +54,9 @@ def is_probe_key(key: str) -> bool:
 def has_create_only(store: BlobStore) -> bool:
     """Tell whether put-if-absent works on this store; raced once per process and URI, some 40 small requests."""
     with _known_lock:
-        if store.uri not in _known:
-            _known[store.uri] = race_create(store)
-        return _known[store.uri].holds
+        if store.uri not in _races:
+            _races[store.uri] = race_create(store)
+        return _races[store.uri].holds
 
 
 def race_create(store: BlobStore, *, writers: int = _WRITERS, rounds: int = _ROUNDS) -> Race:
@@ -121,7 +121,7 @@ def _one_round(
         outcomes = list(pool.map(attempt, range(writers)))
     winners = [number for number, won in enumerate(outcomes) if won]
     try:
-        kept = store.get(key, max_bytes=64)
+        content = store.get(key, max_bytes=64)
     except NotFound:
         if unknown and not winners:  # nobody could write: that says nothing of who would win
             raise unknown[0] from None
@@ -130,9 +130,9 @@ def _one_round(
         return f"{len(winners)} of {writers} writers won"
     # A writer's own retry may have been refused because its first try had landed with the answer lost: then nobody
     # "won", yet one did.
-    if winners and kept != f"writer {winners[0]}".encode():
-        return f"writer {winners[0]} won, but the bytes of {kept.decode(errors='replace')!r} are there"
-    if not winners and kept == b"before":
+    if winners and content != f"writer {winners[0]}".encode():
+        return f"writer {winners[0]} won, but the bytes of {content.decode(errors='replace')!r} are there"
+    if not winners and content == b"before":
         return "every writer was refused, the one entitled included"
     return _late_write(write, late)
 

@@ -68,9 +68,9 @@ class LocalStore(BlobStore):
             return 0
         for leftover in leftovers:
             try:
-                seen = leftover.stat(follow_symlinks=False)
-                ours = _PART_NAME.fullmatch(leftover.name) is not None and stat.S_ISREG(seen.st_mode)
-                if ours and time.time() - seen.st_mtime >= older_than_s:
+                status = leftover.stat(follow_symlinks=False)
+                ours = _PART_NAME.fullmatch(leftover.name) is not None and stat.S_ISREG(status.st_mode)
+                if ours and time.time() - status.st_mtime >= older_than_s:
                     os.unlink(leftover.path)
                     removed += 1
             except FileNotFoundError:  # its writer, or another sweeper, was first
@@ -80,10 +80,10 @@ class LocalStore(BlobStore):
     @override
     def head(self, key: str) -> ObjectInfo:
         with self._errors(key):
-            found = self._path(key).stat()
-            if not stat.S_ISREG(found.st_mode):
+            status = self._path(key).stat()
+            if not stat.S_ISREG(status.st_mode):
                 raise IsADirectoryError(self._path(key))
-            return _info(key, found)
+            return _info(key, status)
 
     @override
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
@@ -147,9 +147,9 @@ class LocalStore(BlobStore):
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
         written = self._written(key, lambda file: file.write(data))
         with self._errors(key), written as (temporary, path), self._lock():
-            seen = _info(key, path.stat()).etag if path.exists() else None
-            if seen != etag:
-                raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
+            current = _info(key, path.stat()).etag if path.exists() else None
+            if current != etag:
+                raise PreconditionFailed(f"{key}: ETag is {current}, expected {etag}", key=key)
             return self._replace(key, temporary, path)
 
     @override
@@ -294,9 +294,9 @@ def _translate(root: Path, key: str, error: OSError) -> StorageError:
     return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)
 
 
-def _info(key: str, found: os.stat_result) -> ObjectInfo:
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
     # Every write makes a new file, so inode and time of change name it; the digest would cost a read.
-    return ObjectInfo(key, found.st_size, file_version(found), found.st_mtime)
+    return ObjectInfo(key, status.st_size, file_version(status), status.st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

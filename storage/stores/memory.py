@@ -83,9 +83,9 @@ class MemoryStore(BlobStore):
     def put_if_match(self, key: str, data: Data, *, etag: str) -> ObjectInfo:
         check_key(key)
         with self._lock:
-            seen = self._objects[key][1].etag if key in self._objects else None
-            if seen != etag:
-                raise PreconditionFailed(f"{key}: ETag is {seen}, expected {etag}", key=key)
+            current = self._objects[key][1].etag if key in self._objects else None
+            if current != etag:
+                raise PreconditionFailed(f"{key}: ETag is {current}, expected {etag}", key=key)
             return self._write(key, data)
 
     @override
@@ -97,10 +97,10 @@ class MemoryStore(BlobStore):
     @override
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         with self._lock:
-            found = sorted(
+            infos = sorted(
                 (info for key, (_, info) in self._objects.items() if key.startswith(prefix)), key=lambda info: info.key
             )
-        yield from found
+        yield from infos
 
     @override
     def folders(self, prefix: str = "") -> Iterator[str]:

@@ -135,9 +135,9 @@ class S3Store(BlobStore):
     @override
     def head(self, key: str) -> ObjectInfo:
         name = self._name(key)
-        found = self._guard("HEAD", key, lambda: self.client.head_object(Bucket=self.bucket, Key=name))
+        answer = self._guard("HEAD", key, lambda: self.client.head_object(Bucket=self.bucket, Key=name))
         with self._whole_answer("HEAD", key):
-            return ObjectInfo(key, found["ContentLength"], _bare(found["ETag"]), found["LastModified"].timestamp())
+            return ObjectInfo(key, answer["ContentLength"], _bare(answer["ETag"]), answer["LastModified"].timestamp())
 
     @override
     def get(self, key: str, *, max_bytes: int | None = None) -> bytes:
@@ -230,14 +230,14 @@ class S3Store(BlobStore):
     ) -> _Answer | None:
         """Ask for the bytes from ``offset``; None where the object ends before."""
         ranged = offset > 0 or stop is not None
-        wanted = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
+        headers = {"Range": f"bytes={offset}-{'' if stop is None else stop - 1}"} if ranged else {}
         if unless_etag is not None:
-            wanted["IfNoneMatch"] = f'"{unless_etag}"'
+            headers["IfNoneMatch"] = f'"{unless_etag}"'
         try:
             answer: GetObjectOutputTypeDef = self._guard(
                 "GET",
                 key,
-                lambda: self.client.get_object(Bucket=self.bucket, Key=name, **wanted),  # type: ignore[arg-type]
+                lambda: self.client.get_object(Bucket=self.bucket, Key=name, **headers),  # type: ignore[arg-type]
             )
         except RangeBeyondEnd:
             return None
@@ -298,7 +298,7 @@ class S3Store(BlobStore):
         with self._whole_answer("PUT", key):
             return ObjectInfo(key, len(data), _bare(answer["ETag"]), _answered_s(answer["ResponseMetadata"]))
 
-    def _put_parts(self, key: str, size: int, read: Callable[[int, int], bytes]) -> ObjectInfo:
+    def _put_parts(self, key: str, size: int, read_range: Callable[[int, int], bytes]) -> ObjectInfo:
         """Send ``size`` bytes part by part; ``read(start, stop)`` gives one."""
         name, part_bytes, client = self._name(key), max(8 << 20, -(-size // 10_000)), self.client
         begun = self._guard("PUT", key, lambda: client.create_multipart_upload(Bucket=self.bucket, Key=name))
@@ -308,13 +308,13 @@ class S3Store(BlobStore):
         def send() -> None:
             parts: list[CompletedPartTypeDef] = []
             for number, start in enumerate(range(0, size, part_bytes), start=1):
-                part = read(start, min(size, start + part_bytes))
+                part = read_range(start, min(size, start + part_bytes))
                 sent = client.upload_part(
                     Bucket=self.bucket, Key=name, UploadId=upload, PartNumber=number, Body=part, ContentMD5=_md5(part)
                 )
                 parts.append({"ETag": sent["ETag"], "PartNumber": number})
-            done: CompletedMultipartUploadTypeDef = {"Parts": parts}
-            client.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload=done)
+            assembly: CompletedMultipartUploadTypeDef = {"Parts": parts}
+            client.complete_multipart_upload(Bucket=self.bucket, Key=name, UploadId=upload, MultipartUpload=assembly)
 
         try:
             with self._whole_answer("PUT", key):
@@ -338,17 +338,17 @@ class S3Store(BlobStore):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
         for page in self._pages(pages, prefix):
-            for found in page.get("Contents", ()):
-                key = found["Key"][len(self.prefix) :]
+            for item in page.get("Contents", ()):
+                key = item["Key"][len(self.prefix) :]
                 if is_key(key):
-                    yield ObjectInfo(key, found["Size"], _bare(found["ETag"]), found["LastModified"].timestamp())
+                    yield ObjectInfo(key, item["Size"], _bare(item["ETag"]), item["LastModified"].timestamp())
 
     @override
     def folders(self, prefix: str = "") -> Iterator[str]:
         start = self.prefix + prefix
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start, Delimiter="/")
-        found = (item["Prefix"] for page in self._pages(pages, prefix) for item in page.get("CommonPrefixes", ()))
-        names = (name[len(start) :].rstrip("/") for name in found)
+        prefixes = (item["Prefix"] for page in self._pages(pages, prefix) for item in page.get("CommonPrefixes", ()))
+        names = (name[len(start) :].rstrip("/") for name in prefixes)
         yield from sorted(name for name in names if is_key(name))  # the server sorts "a-b/" before "a/"
 
     def _pages(self, pages: Any, prefix: str) -> Iterator[Any]:
@@ -370,14 +370,14 @@ class _Answer:
     size_bytes: int
 
 
-def _pieces(body: Any, skip: int, wanted: int) -> Iterator[bytes]:
+def _pieces(body: Any, skip: int, remaining: int) -> Iterator[bytes]:
     """Yield ``wanted`` bytes of an HTTP body after dropping ``skip``; fewer where it ends early."""
-    while wanted > 0 and (piece := body.read(min(_PIECE_BYTES, skip + wanted))):
-        kept = piece[skip:][:wanted]
+    while remaining > 0 and (piece := body.read(min(_PIECE_BYTES, skip + remaining))):
+        part = piece[skip:][:remaining]
         skip = max(0, skip - len(piece))
-        wanted -= len(kept)
-        if kept:
-            yield kept
+        remaining -= len(part)
+        if part:
+            yield part
 
 
 def _md5(data: Data) -> str:

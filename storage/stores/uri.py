@@ -147,6 +147,6 @@ def _value(bucket: str, name: str, value: str, hint: Any) -> str | int | float:
     return value
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+def _nearest(name: str, names: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(names)}"
