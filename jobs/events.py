@@ -60,4 +60,4 @@ class StageClock:
 
     def progress(self, name: Stage) -> Callable[[int, int], None]:
         """Return a function that tells the listener how far a stage is: ``done`` of ``total``."""
-        return lambda done, total: self.listen(Event("progress", name, done=done, total=total))
+        return lambda count, total: self.listen(Event("progress", name, done=count, total=total))

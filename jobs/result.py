@@ -148,27 +148,27 @@ def _quality(layer: LayerRecord, pieces: Sequence[PieceRecord], record: Sensitiv
 
 def layer_damage(record: SensitivityRecord, bits: tuple[int, ...]) -> LayerDamage | None:
     """Return what was measured of a layer at these bits, if it was."""
-    found = record.at(bits)
-    if found is None:
+    damage = record.at(bits)
+    if damage is None:
         return None
     drop = (
         None
-        if record.float_correct is None or found.correct is None
-        else 100 * (record.float_correct - found.correct) / record.images
+        if record.float_correct is None or damage.correct is None
+        else 100 * (record.float_correct - damage.correct) / record.images
     )
     return LayerDamage(
         images=record.images,
         noise=record.noise,
-        divergence=found.divergence,
-        same=100 * found.same / record.images,
+        divergence=damage.divergence,
+        same=100 * damage.same / record.images,
         drop=drop,
     )
 
 
 def _total(rows: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     """Add up level by level; nothing where a record of an older release has none."""
-    found = list(rows)
-    return tuple(map(sum, zip(*found, strict=True))) if all(found) else ()
+    items = list(rows)
+    return tuple(map(sum, zip(*items, strict=True))) if all(items) else ()
 
 
 def sizes_of(

@@ -90,14 +90,14 @@ def _round_channels(x: NDArray[np.float32], kernel_size: int, qmin: int, qmax: i
             q[i] = np.rint(value)
             error[i] = q[i] - value
             movable[i] = error[i] if qmin < value < qmax else 0.0
-        found = elements
+        count = elements
         if kernel_size > 1:
-            found = 0
+            count = 0
             for start in range(0, elements, kernel_size):
                 candidate = kernel_pass(error, movable, q, start, start + kernel_size)
-                candidates[found] = candidate
-                found += candidate >= 0
-        channel_pass(error, movable, q, candidates[:found])
+                candidates[count] = candidate
+                count += candidate >= 0
+        channel_pass(error, movable, q, candidates[:count])
         for i in range(elements):
             out[channel, i] = np.int8(min(max(q[i], qmin), qmax))
 

@@ -69,8 +69,8 @@ class NestedLayer(nn.Module):
         return self.nested.resident_bytes
 
     def _weight(self) -> Tensor:
-        held = self._held
-        return self.nested() if held is None else held
+        weight = self._held
+        return self.nested() if weight is None else weight
 
     def _bias(self) -> Tensor | None:
         own, added = self._parameters.get("bias"), self.nested.bias()
@@ -270,13 +270,13 @@ def _nested_class(layer_type: type[Any]) -> type[NestedLayer]:
 
 def _quantize_inputs(args: tuple[Any, ...], activation: ActivationQParams) -> tuple[Any, ...]:
     # One tensor given several times (self-attention's query, key and value) stays one: attention asks for identity.
-    done: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     quantized: list[Any] = []
     for value in args:
         if isinstance(value, Tensor) and torch.is_floating_point(value):
-            if id(value) not in done:
-                done[id(value)] = fake_quantize(value, activation)
-            quantized.append(done[id(value)])
+            if id(value) not in results:
+                results[id(value)] = fake_quantize(value, activation)
+            quantized.append(results[id(value)])
         else:
             quantized.append(value)
     return tuple(quantized)

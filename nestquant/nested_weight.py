@@ -67,9 +67,9 @@ class NestedWeight(nn.Module):
             raise ValueError(f"{self.shape[0]} output channels need as many scales; got {qparams.scale.shape[0]}")
         if not 1 <= len(parts) <= len(bits):
             raise ValueError(f"bits {bits} have 1 to {len(bits)} parts; got {len(parts)}")
-        wanted = (len(bits), self.shape[0])
-        if biases is not None and (biases.shape != wanted or biases.dtype != torch.float16):
-            raise ValueError(f"biases must be float16 {wanted}; got {biases.dtype} {tuple(biases.shape)}")
+        expected = (len(bits), self.shape[0])
+        if biases is not None and (biases.shape != expected or biases.dtype != torch.float16):
+            raise ValueError(f"biases must be float16 {expected}; got {biases.dtype} {tuple(biases.shape)}")
         self._residency: Residency = "packed"
         self._explicit_level: int | None = None
         self.level_count = 0

@@ -75,7 +75,7 @@ def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
         NotFinite: Inputs of a layer, which is named, hold NaN or infinity.
     """
     layers = norm_layers(network)
-    found: dict[str, NormSums] = {}
+    totals: dict[str, NormSums] = {}
     handles = []
     with _restored(layers):
         for name, layer in layers.items():
@@ -86,7 +86,7 @@ def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
                 assert isinstance(module, _BatchNorm)
                 sums = NormSums.of(args[0])
                 _set(module, sums)
-                found[name] = NormSums.merge([found[name], sums]) if name in found else sums
+                totals[name] = NormSums.merge([totals[name], sums]) if name in totals else sums
 
             handles.append(layer.register_forward_pre_hook(take))
         try:
@@ -94,13 +94,13 @@ def take_statistics(network: nn.Module, inputs: Tensor) -> dict[str, NormSums]:
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return totals
 
 
 @torch.no_grad()
-def put_statistics(network: nn.Module, found: Mapping[str, NormSums]) -> None:
+def put_statistics(network: nn.Module, statistics: Mapping[str, NormSums]) -> None:
     """Set the statistics of the BatchNorm layers named; all other layers keep theirs."""
-    for name, sums in found.items():
+    for name, sums in statistics.items():
         layer = network.get_submodule(name)
         assert isinstance(layer, _BatchNorm)
         _set(layer, sums)
@@ -122,14 +122,14 @@ def _untouched(layer: _BatchNorm) -> bool:
 
 @contextmanager
 def _restored(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
-    kept = {
+    state = {
         name: [buffer.clone() for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
         for name, layer in layers.items()
     }
     try:
         yield
     finally:
-        for name, (mean, variance) in kept.items():
+        for name, (mean, variance) in state.items():
             layer = layers[name]
             assert layer.running_mean is not None
             assert layer.running_var is not None

@@ -118,10 +118,10 @@ def _check_values(flat: NDArray[np.integer], bits: int) -> None:
 def _close_gaps(lane: _Lanes, bits: int) -> None:
     """Move the 8 values of each lane, one a byte, together at its low end, in place."""
     for width in (8, 16, 32):
-        taken = bits * width // 8
-        low = _mask(taken, 2 * width)
-        upper = lane >> np.uint64(width - taken)
-        np.bitwise_and(upper, low << np.uint64(taken), out=upper)
+        offset = bits * width // 8
+        low = _mask(offset, 2 * width)
+        upper = lane >> np.uint64(width - offset)
+        np.bitwise_and(upper, low << np.uint64(offset), out=upper)
         np.bitwise_and(lane, low, out=lane)
         np.bitwise_or(lane, upper, out=lane)
 
@@ -129,9 +129,9 @@ def _close_gaps(lane: _Lanes, bits: int) -> None:
 def _open_gaps(lane: _Lanes, bits: int) -> None:
     """Undo ``_close_gaps``, in place."""
     for width in (32, 16, 8):
-        taken = bits * width // 8
-        low = _mask(taken, 2 * width)
-        upper = lane << np.uint64(width - taken)
+        offset = bits * width // 8
+        low = _mask(offset, 2 * width)
+        upper = lane << np.uint64(width - offset)
         np.bitwise_and(upper, low << np.uint64(width), out=upper)
         np.bitwise_and(lane, low, out=lane)
         np.bitwise_or(lane, upper, out=lane)

@@ -82,26 +82,28 @@ def find_layers(model: nn.Module) -> LayerScan:
     for name, module in model.named_modules(remove_duplicate=False):
         names[id(module)].append(name)
     layers: list[LayerSite] = []
-    kept: list[tuple[str, str]] = []
+    float_layers: list[tuple[str, str]] = []
     for name, module in model.named_modules():
-        taken = None
-        known = kind_of(module)
-        if known is not None:
-            kind, parameter = known
+        weight_key = None
+        layer_kind = kind_of(module)
+        if layer_kind is not None:
+            kind, parameter = layer_kind
             reason = _reason_against(module, parameter, owners)
             weight = module._parameters.get(parameter)
             if reason is not None:
-                kept.append((name, reason))
+                float_layers.append((name, reason))
                 continue
             if weight is not None:
-                taken = parameter
+                weight_key = parameter
                 groups = getattr(module, "groups", 1)
                 aliases = tuple(names[id(module)][1:])
                 layers.append(LayerSite(name, kind, parameter, tuple(weight.shape), groups, aliases))
         for key, value in module.named_parameters(recurse=False):
-            if key != taken and value is not None and (is_lazy(value) or value.ndim >= 2):
-                kept.append((_join(name, key), f"{type(module).__name__}.{key} is not the weight of a supported layer"))
-    return LayerScan(tuple(layers), tuple(kept))
+            if key != weight_key and value is not None and (is_lazy(value) or value.ndim >= 2):
+                float_layers.append(
+                    (_join(name, key), f"{type(module).__name__}.{key} is not the weight of a supported layer")
+                )
+    return LayerScan(tuple(layers), tuple(float_layers))
 
 
 def kind_of(module: nn.Module) -> tuple[LayerKind, str] | None:

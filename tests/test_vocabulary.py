@@ -51,9 +51,39 @@ PARTICIPLES = frozenset(
     {"asked", "done", "found", "given", "held", "kept", "known"}
     | {"left", "made", "read", "seen", "taken", "told", "wanted"}
 )
-NOUNS_ONLY = ("storage",)
+NOUNS_ONLY = ("storage", "jobs", "workers", "nestquant")
 # Keys of published documents and events, and what an error says of itself.
-PUBLISHED = {("storage/errors.py", "seen")}
+PUBLISHED = {("storage/errors.py", "seen"), ("jobs/events.py", "done"), ("jobs/cluster/record.py", "done")}
+# Modules that others were changing when the rest was renamed. The list gets shorter, never longer.
+NOT_YET = frozenset(
+    {
+        "jobs/card.py",
+        "jobs/catalog/describe.py",
+        "jobs/catalog/read.py",
+        "jobs/catalog/site.py",
+        "jobs/cli/commands/store.py",
+        "jobs/hub.py",
+        "jobs/published.py",
+        "jobs/spec/job.py",
+        "jobs/spec/model.py",
+        "jobs/spec/zoo.py",
+        "jobs/stages/export.py",
+        "jobs/stages/plan.py",
+        "jobs/stages/weights.py",
+        "nestquant/calibrated.py",
+        "nestquant/modules.py",
+        "nestquant/moments.py",
+        "workers/engines/trace.py",
+        "workers/float_weights.py",
+        "workers/inputs/checkpoint.py",
+        "workers/inputs/fit.py",
+        "workers/inputs/networks.py",
+        "workers/lanes.py",
+        "workers/quantize.py",
+        "workers/reconstruct.py",
+        "workers/synthesize.py",
+    }
+)
 
 
 def names_bound(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -72,7 +102,7 @@ def names_bound(tree: ast.AST) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("package", NOUNS_ONLY)
 def test_no_name_is_a_bare_participle(package: str) -> None:
     root = Path(__file__).parent.parent
-    modules = sorted((root / package).rglob("*.py"))
+    modules = [path for path in sorted((root / package).rglob("*.py")) if str(path.relative_to(root)) not in NOT_YET]
     assert modules
     participles = [
         f"{path.relative_to(root)}:{line}: {name}"

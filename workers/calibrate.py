@@ -97,8 +97,8 @@ def _observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str,
             }
             for tensor in tensors.values():
                 check_input(name, tensor.float())
-                found = Histogram.of(tensor)
-                histograms[name] = histograms[name].merge(found) if name in histograms else found
+                histogram = Histogram.of(tensor)
+                histograms[name] = histograms[name].merge(histogram) if name in histograms else histogram
 
         return hook
 

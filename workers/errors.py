@@ -60,8 +60,8 @@ class ScratchError(WorkError):
         """Return what an error of the operating system in the temporary folder ``place`` comes to."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return ScratchFull(f"No room in the temporary folder {place}; free some, or set TMPDIR to a larger one.")
-        told = system_line(error)
-        return ScratchError(f"The temporary folder {place}: {told}; set TMPDIR to a folder that can be written.")
+        line = system_line(error)
+        return ScratchError(f"The temporary folder {place}: {line}; set TMPDIR to a folder that can be written.")
 
 
 class ScratchFull(ScratchError):

@@ -134,6 +134,6 @@ def chance_fault(accuracy: Accuracy, images: ImageSet) -> str:
 def _logits(network: nn.Module, inputs: Tensor, name: str) -> Tensor:
     logits = run_network(network, inputs, name)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
-        seen = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise WorkError(f"{name} answers {len(inputs)} images with {seen}; top-1 needs ({len(inputs)}, classes).")
+        actual = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise WorkError(f"{name} answers {len(inputs)} images with {actual}; top-1 needs ({len(inputs)}, classes).")
     return logits

@@ -95,7 +95,7 @@ class _Here:
         if self._stopped.is_set():
             raise Stopped
         # One result at a time: the next is made when the last is used.
-        results = (getattr(self.members[index], over)(*given) for index, given in calls)
+        results = (getattr(self.members[index], over)(*arguments) for index, arguments in calls)
         return getattr(self.members[0], method)(*args, results)
 
 

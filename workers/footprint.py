@@ -27,23 +27,23 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._live: dict[int, int] = {}
-        self._given: dict[int, torch.UntypedStorage] = {}  # kept, so that no new one takes over an identity
+        self._inputs: dict[int, torch.UntypedStorage] = {}  # kept, so that no new one takes over an identity
         self._held_bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation and count."""
-        read = list(_storages((args, kwargs)))
-        for storage in read:
+        sources = list(_storages((args, kwargs)))
+        for storage in sources:
             if id(storage) not in self._live:
-                self._given[id(storage)] = storage
+                self._inputs[id(storage)] = storage
         result = func(*args, **(kwargs or {}))
-        made = [one for one in _storages(result) if id(one) not in self._live and id(one) not in self._given]
-        for storage in made:
+        results = [one for one in _storages(result) if id(one) not in self._live and id(one) not in self._inputs]
+        for storage in results:
             self._follow(storage)
         # A view makes nothing, and an operation in place needs no second copy.
-        scratch = sum(one.nbytes() for one in [*made, *read] if id(one) in self._live) if made else 0
+        scratch = sum(one.nbytes() for one in [*results, *sources] if id(one) in self._live) if results else 0
         self.peak_bytes = max(self.peak_bytes, self._held_bytes + scratch)
         return result
 
@@ -52,7 +52,7 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._live.clear()
-        self._given.clear()
+        self._inputs.clear()
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -65,10 +65,10 @@ class Footprint(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    seen: set[int] = set()
+    identities: set[int] = set()
     for value in tree_leaves(values):
         if isinstance(value, Tensor) and value.layout is torch.strided:
             storage = value.untyped_storage()
-            if id(storage) not in seen:
-                seen.add(id(storage))
+            if id(storage) not in identities:
+                identities.add(id(storage))
                 yield storage

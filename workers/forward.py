@@ -79,11 +79,11 @@ def extents(tensor: Tensor) -> str:
 def _place(network: nn.Module, error: BaseException) -> str:
     """Return ``in layer 'name', `` for the innermost module of the network that was running, or the empty string."""
     names = {id(module): name for name, module in network.named_modules() if name}
-    found, trace = "", error.__traceback__
+    place, trace = "", error.__traceback__
     while trace is not None:
-        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        place = names.get(id(trace.tb_frame.f_locals.get("self")), place)
         trace = trace.tb_next
-    return f"in layer {found!r}, " if found else ""
+    return f"in layer {place!r}, " if place else ""
 
 
 def _source(network: nn.Module, inputs: Tensor) -> str:
@@ -92,12 +92,12 @@ def _source(network: nn.Module, inputs: Tensor) -> str:
     """
     if not is_finite(inputs):
         return ", and they are not finite themselves"
-    found: list[str] = []
+    layers: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not is_finite(output):
-                found.append(name)
+            if not layers and isinstance(output, Tensor) and not is_finite(output):
+                layers.append(name)
 
         return hook
 
@@ -110,4 +110,4 @@ def _source(network: nn.Module, inputs: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f", first in what layer {found[0]!r} gives" if found else ""
+    return f", first in what layer {layers[0]!r} gives" if layers else ""

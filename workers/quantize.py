@@ -63,13 +63,13 @@ def run_unit(context: TaskContext, unit: Unit, registry: Registry | None = None)
         return UnitResult(
             record=record, seconds=time.perf_counter() - begin, bytes_read=0, bytes_written=0, reused=True
         )
-    done = _do(registry, context.network.source, unit, context.job)
-    ledger.keep(ledger.unit_key(unit.kind, unit.index), done.record)
+    outcome = _do(registry, context.network.source, unit, context.job)
+    ledger.keep(ledger.unit_key(unit.kind, unit.index), outcome.record)
     return UnitResult(
-        record=done.record,
+        record=outcome.record,
         seconds=time.perf_counter() - begin,
-        bytes_read=done.bytes_read,
-        bytes_written=done.bytes_written,
+        bytes_read=outcome.bytes_read,
+        bytes_written=outcome.bytes_written,
         reused=False,
     )
 
@@ -129,8 +129,8 @@ def _is_of(record: UnitRecord, unit: Unit) -> bool:
         return False
     if not isinstance(record, GroupRecord) or not isinstance(unit, GroupTask):
         return True
-    found = [(piece.layer, piece.start, piece.stop) for piece in record.pieces]
-    return found == [(piece.layer, piece.start, piece.stop) for piece in unit.pieces]
+    spans = [(piece.layer, piece.start, piece.stop) for piece in record.pieces]
+    return spans == [(piece.layer, piece.start, piece.stop) for piece in unit.pieces]
 
 
 def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job: str) -> _Done:
@@ -183,10 +183,10 @@ def read_piece(reader: TensorReader, piece: PieceTask) -> torch.Tensor:
         CheckpointError: the checkpoint's tensor has another shape than the plan's.
 
     """
-    seen = reader.tensors[piece.parameter].shape
-    if seen != piece.shape:
+    shape = reader.tensors[piece.parameter].shape
+    if shape != piece.shape:
         raise CheckpointError(
-            f"Layer {piece.layer!r}: {piece.parameter!r} has shape {seen} in the checkpoint; "
+            f"Layer {piece.layer!r}: {piece.parameter!r} has shape {shape} in the checkpoint; "
             f"the network has {piece.shape}."
         )
     if piece.kind == "conv_transpose2d":

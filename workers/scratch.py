@@ -60,26 +60,26 @@ def scratch(kind: Kind, *, parent: str | None = None, tell: Callable[[str], None
         freed = f"{swept.freed_bytes / 1e6:.1f} MB freed"
         tell(f"Removed {swept.folders} folders that killed jobs left in {place}: {freed}.")
     try:
-        folder, held = _make(place, kind)
+        folder, descriptor = _make(place, kind)
     except OSError as error:
         raise ScratchError.of(place, error) from error
     try:
         yield folder
     finally:
-        _remove(place, folder.name, held)
-        os.close(held)
+        _remove(place, folder.name, descriptor)
+        os.close(descriptor)
 
 
 def _make(place: Path, kind: Kind) -> tuple[Path, int]:
     folder = Path(tempfile.mkdtemp(prefix=f"nestquant-{kind}-", dir=place))
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        _mark(held)
+        _mark(descriptor)
     except OSError:
-        _remove(place, folder.name, held)
-        os.close(held)
+        _remove(place, folder.name, descriptor)
+        os.close(descriptor)
         raise
-    return folder, held
+    return folder, descriptor
 
 
 def temporary_folder() -> Path:
@@ -90,14 +90,14 @@ def temporary_folder() -> Path:
 
     """
     for variable in ("TMPDIR", "TEMP", "TMP"):
-        given = os.environ.get(variable)
-        if not given:
+        path = os.environ.get(variable)
+        if not path:
             continue
-        place = Path(given).absolute()
+        place = Path(path).absolute()
         if not place.is_dir():
-            raise ScratchError(f"{variable}={given}: no such folder; make it, or name another one.")
+            raise ScratchError(f"{variable}={path}: no such folder; make it, or name another one.")
         if not os.access(place, os.W_OK | os.X_OK):
-            raise ScratchError(f"{variable}={given} cannot be written; name another folder.")
+            raise ScratchError(f"{variable}={path} cannot be written; name another folder.")
         return place
     try:
         return Path(tempfile.gettempdir())
@@ -117,50 +117,50 @@ def sweep(place: Path) -> Swept:
         return Swept(0, 0)
     for name in names:
         try:
-            held = os.open(place / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = os.open(place / name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:  # a link or a file; or its owner was first
             continue
         try:
-            freed = _sweep_one(place, name, held)
+            freed = _sweep_one(place, name, descriptor)
         except OSError:  # held, or no lock to be had; or something in it is not ours to remove
             continue
         finally:
-            os.close(held)
+            os.close(descriptor)
         if freed is not None:
             folders, freed_bytes = folders + 1, freed_bytes + freed
     return Swept(folders, freed_bytes)
 
 
-def _sweep_one(place: Path, name: str, held: int) -> int | None:
-    seen = os.fstat(held)
-    if seen.st_uid != os.geteuid():
+def _sweep_one(place: Path, name: str, descriptor: int) -> int | None:
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid():
         return None
-    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if not _is_marked(held):
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not _is_marked(descriptor):
         # Its owner was killed before it wrote anything, or is about to begin.
-        if time.time() - seen.st_mtime > _EMPTY_AGE_S:
+        if time.time() - status.st_mtime > _EMPTY_AGE_S:
             os.rmdir(place / name)  # fails where it is not empty
         return None
-    size = _size_bytes(held)
-    return size if _remove(place, name, held) else None
+    size = _size_bytes(descriptor)
+    return size if _remove(place, name, descriptor) else None
 
 
-def _mark(held: int) -> None:
+def _mark(descriptor: int) -> None:
     """Lock the folder, then mark it; where the file system has no locks it stays unmarked, and is never swept."""
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return
-    mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=held)
+    mark = os.open(MARK, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=descriptor)
     try:
         os.write(mark, _MARK_TEXT)
     finally:
         os.close(mark)
 
 
-def _is_marked(held: int) -> bool:
+def _is_marked(descriptor: int) -> bool:
     try:
-        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=held)
+        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
     except OSError:
         return False
     try:
@@ -169,30 +169,30 @@ def _is_marked(held: int) -> bool:
         os.close(mark)
 
 
-def _size_bytes(held: int) -> int:
+def _size_bytes(descriptor: int) -> int:
     total = 0
-    for _, _, files, at in os.fwalk(dir_fd=held):
+    for _, _, files, at in os.fwalk(dir_fd=descriptor):
         for file in files:
             with contextlib.suppress(OSError):
                 total += os.stat(file, dir_fd=at, follow_symlinks=False).st_size
     return total
 
 
-def _remove(place: Path, name: str, held: int) -> bool:
+def _remove(place: Path, name: str, descriptor: int) -> bool:
     """Remove an open folder and what is in it, the mark last: what is left of a removal that was killed is found again.
 
     Return whether it is gone.
     """
     try:
-        for entry in os.listdir(held):
+        for entry in os.listdir(descriptor):
             if entry == MARK:
                 continue
-            if stat.S_ISDIR(os.stat(entry, dir_fd=held, follow_symlinks=False).st_mode):
-                shutil.rmtree(entry, dir_fd=held)
+            if stat.S_ISDIR(os.stat(entry, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                shutil.rmtree(entry, dir_fd=descriptor)
             else:
-                os.unlink(entry, dir_fd=held)
+                os.unlink(entry, dir_fd=descriptor)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(MARK, dir_fd=held)
+            os.unlink(MARK, dir_fd=descriptor)
         os.rmdir(place / name)
     except OSError:
         return False

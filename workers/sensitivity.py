@@ -111,9 +111,9 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     """
     ledger = Ledger(Registry(open_store(task.context.store_uri)), task.context.job)
     key = ledger.sensitivity_key(task.index, task.samples, task.candidates)
-    found = ledger.find(key, SensitivityRecord)
-    if found is not None:
-        return found
+    earlier = ledger.find(key, SensitivityRecord)
+    if earlier is not None:
+        return earlier
     network, name = open_network(task.context.network), task.context.network.title
     weight = read_piece(open_tensors(task.context.network.source), task.layer)
     # One thread: how a sum is split over threads changes its last bit.
@@ -128,9 +128,9 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
             layer = from_float(module, quantized, residency="expanded")
             layer.nested.set_level(0)
             replace(network, task.layer.layer, layer)
-            told = _Answers.compare(network, judged, reference, f"{name} with {task.layer.layer!r} part-bit")
+            answers = _Answers.compare(network, judged, reference, f"{name} with {task.layer.layer!r} part-bit")
             replace(network, task.layer.layer, module)
-            damages.append(_damage(task, weight, quantized, told, labelled=labelled))
+            damages.append(_damage(task, weight, quantized, answers, labelled=labelled))
     record = SensitivityRecord(
         layer=task.layer.layer,
         images=sum(len(labels) for _, labels in judged),
@@ -234,15 +234,15 @@ class _Answers:
     def compare(cls, network: nn.Module, judged: Sequence[Batch], reference: Sequence[Tensor], name: str) -> _Answers:
         """Run the network and hold its answers against the float one's, batch after batch."""
         divergence, lost, same, correct, images = 0.0, 0.0, 0, 0, 0
-        for (inputs, labels), wanted in zip(judged, reference, strict=True):
-            seen = _logits(network, inputs, name)
-            own, other = wanted.double().log_softmax(dim=1), seen.double().log_softmax(dim=1)
-            answer, given = wanted.argmax(dim=1), seen.argmax(dim=1)
+        for (inputs, labels), expected in zip(judged, reference, strict=True):
+            actual = _logits(network, inputs, name)
+            own, other = expected.double().log_softmax(dim=1), actual.double().log_softmax(dim=1)
+            answer, choice = expected.argmax(dim=1), actual.argmax(dim=1)
             divergence += float((own.exp() * (own - other)).sum())
             chances = own.exp()
-            lost += float((chances.gather(1, answer[:, None]) - chances.gather(1, given[:, None])).sum())
-            same += int((answer == given).sum())
-            correct += _correct(seen, labels)
+            lost += float((chances.gather(1, answer[:, None]) - chances.gather(1, choice[:, None])).sum())
+            same += int((answer == choice).sum())
+            correct += _correct(actual, labels)
             images += len(labels)
         return cls(images, divergence, same, lost, correct)
 
@@ -259,16 +259,16 @@ def _correct(logits: Tensor, labels: Tensor) -> int:
 
 
 def _damage(
-    task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, told: _Answers, *, labelled: bool
+    task: SensitivityTask, weight: Tensor, quantized: QuantizedWeight, answers: _Answers, *, labelled: bool
 ) -> Damage:
     bits = quantized.config.bits
     lost = losses(task.layer.model_copy(update={"bits": bits}), weight, quantized)
     return Damage(
         bits=bits,
-        divergence=told.divergence / told.images,
-        same=told.same,
-        lost=told.lost / told.images,
-        correct=told.correct if labelled else None,
+        divergence=answers.divergence / answers.images,
+        same=answers.same,
+        lost=answers.lost / answers.images,
+        correct=answers.correct if labelled else None,
         sqnr_db=sqnr_db(lost.signal, lost.noise),
         flips=lost.flips,
         shard_bytes=shard_bytes(task.layer.layer, quantized),

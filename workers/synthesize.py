@@ -122,10 +122,10 @@ def join(task: JoinTask) -> SyntheticRecord:
     stream, images = io.BytesIO(), np.concatenate([np.asarray(chunk["x"]) for chunk in chunks])
     np.savez(stream, x=images)
     content = stream.getvalue()
-    found = _merged(chunks)
-    if found:
+    statistics = _merged(chunks)
+    if statistics:
         network = open_network(task.context.network)
-        put_statistics(network, found)
+        put_statistics(network, statistics)
         state = {name: tensor.detach().contiguous().clone() for name, tensor in network.state_dict().items()}
         registry.store.put(ledger.synthetic_key("network.safetensors"), save(state), mode="overwrite")
     registry.store.put(ledger.synthetic_key("images.npz"), content, mode="overwrite")
@@ -133,8 +133,8 @@ def join(task: JoinTask) -> SyntheticRecord:
         images=ledger.synthetic_key("images.npz"),
         digest=digest_bytes(content),
         samples=len(images),
-        network=ledger.synthetic_key("network.safetensors") if found else None,
-        norms=len(found),
+        network=ledger.synthetic_key("network.safetensors") if statistics else None,
+        norms=len(statistics),
     )
     ledger.replace(ledger.synthetic_key(_RECORD), record)
     for key in keys:

@@ -147,8 +147,8 @@ def _summary(result: JobResult) -> WholeTable:
 
 
 def _top1(measured: Sequence[Measured], level: int | None, *, activations: bool) -> str:
-    found = next((one for one in measured if one.level == level and one.activations == activations), None)
-    return "" if found is None else f"{found.accuracy.top1:.2f} ± {found.accuracy.standard_error:.2f}"
+    result = next((one for one in measured if one.level == level and one.activations == activations), None)
+    return "" if result is None else f"{result.accuracy.top1:.2f} ± {result.accuracy.standard_error:.2f}"
 
 
 def print_measured(manifest: Manifest, measured: Sequence[Measured]) -> None:

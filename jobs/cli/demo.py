@@ -67,7 +67,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     bits = parse_yaml(arguments.bits, "--bits")
     compared: Compared | None = None
     if arguments.weights:
-        document = _given(arguments, bits)
+        document = _document_of(arguments, bits)
     elif arguments.toy or _without_photographs(out):
         document = _trained(out, bits)
     else:
@@ -141,7 +141,7 @@ def _pretrained(out: Console, bits: list[int], folder: str) -> tuple[dict[str, A
     return document, Compared([path.stem for path in paths], whole, *photographs.answers(network, whole))
 
 
-def _given(arguments: argparse.Namespace, bits: list[int]) -> dict[str, Any]:
+def _document_of(arguments: argparse.Namespace, bits: list[int]) -> dict[str, Any]:
     metadata = (
         TensorReader(TensorSource(None, arguments.weights)).metadata
         if arguments.weights.endswith(".safetensors")
@@ -251,10 +251,10 @@ def _picture(out: Console, name: str, cache: Path, compared: Compared) -> None:
     device = Device(cache)
     model = runtime.load(device.manifest(name), device.blob_path)
     names = networks.imagenet_names()
-    told = [[f"float      {names[c]} {p:.0%}"] for c, p in zip(compared.classes, compared.probabilities, strict=True)]
+    rows = [[f"float      {names[c]} {p:.0%}"] for c, p in zip(compared.classes, compared.probabilities, strict=True)]
 
     def run_mode(mode: str) -> None:
-        for lines, c, p in zip(told, *photographs.answers(model.network, compared.pixels), strict=True):
+        for lines, c, p in zip(rows, *photographs.answers(model.network, compared.pixels), strict=True):
             lines.append(f"{mode:<10} {names[c]} {p:.0%}")
 
     run_mode("part-bit")
@@ -263,12 +263,12 @@ def _picture(out: Console, name: str, cache: Path, compared: Compared) -> None:
     seconds = time.perf_counter() - begun
     run_mode("full-bit")
     out.print(f"\nThe loaded model paged its low shards in within {1000 * seconds:.0f} ms.")
-    for photograph, lines in zip(compared.names, told, strict=True):
+    for photograph, lines in zip(compared.names, rows, strict=True):
         out.print(title(photograph))
         for line in lines:
             out.print(f"    {line}", highlight=False)
     picture = FOLDER / "photographs.png"
-    photographs.draw(picture, compared.pixels, told)
+    photographs.draw(picture, compared.pixels, rows)
     out.print(f"The same as a picture: {picture}")
 
 

@@ -121,10 +121,10 @@ def run(command: Callable[[], object], *, as_json: bool) -> NoReturn:
         code = stop.exit_code
     except typer.TyperException as error:
         # A wrong option or argument; the framework's message says which.
-        told = getattr(error, "format_message", error.__str__)()
+        message = getattr(error, "format_message", error.__str__)()
         context = getattr(error, "ctx", None)
         hint = f" Try '{context.command_path} --help'." if context is not None else ""
-        code = _fail(f"{told}{hint}", Exit.USAGE, as_json=as_json)
+        code = _fail(f"{message}{hint}", Exit.USAGE, as_json=as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(
             "Interrupted. Nothing is half-written; the same command goes on where it stopped.",

@@ -46,8 +46,8 @@ def console(*, stderr: bool = False) -> Console:
     """Return a console that never breaks a sentence, and is wide where nobody watches, so that logs keep whole rows."""
     from jobs.cli.terminal import PlainConsole
 
-    made = PlainConsole(stderr=stderr, soft_wrap=True)
-    return made if made.is_terminal else PlainConsole(stderr=stderr, soft_wrap=True, width=PLAIN_WIDTH)
+    result = PlainConsole(stderr=stderr, soft_wrap=True)
+    return result if result.is_terminal else PlainConsole(stderr=stderr, soft_wrap=True, width=PLAIN_WIDTH)
 
 
 def split_ref(model: str) -> tuple[str, str]:

@@ -58,11 +58,11 @@ def missing() -> list[str]:
 
 def downloaded() -> list[tuple[str, int]]:
     """Return ``(package and version, bytes)`` of what was installed for the demo alone."""
-    told = []
+    packages = []
     for package in (PACKAGE, "scikit-image"):
-        found = importlib.metadata.distribution(package)
-        told.append((f"{package} {found.version}", sum(file.size or 0 for file in found.files or ())))
-    return told
+        distribution = importlib.metadata.distribution(package)
+        packages.append((f"{package} {distribution.version}", sum(file.size or 0 for file in distribution.files or ())))
+    return packages
 
 
 def network() -> nn.Module:
@@ -99,10 +99,10 @@ def photographs(folder: str) -> list[Path]:
     """
     if not folder:
         return [_file(place) for place in _HELD_OUT]
-    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not found:
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in _SUFFIXES)
+    if not paths:
         raise SpecError(f"{folder}: no photograph in this folder; expected files that end in {', '.join(_SUFFIXES)}.")
-    return found
+    return paths
 
 
 def views(photograph: Image.Image) -> Iterator[Pixels]:
@@ -132,14 +132,14 @@ def whole(photograph: Image.Image) -> Pixels:
 
 def answers(model: nn.Module, pixels: Pixels) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return ``(class, probability)`` of the first answer to each image of uint8 [N, 224, 224, 3]."""
-    told = []
+    maxima = []
     with torch.inference_mode():
         for rows in torch.split(torch.from_numpy(pixels), 16):
             inputs = rows.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5).contiguous()
-            told.append(model(inputs).softmax(1).max(1))
+            maxima.append(model(inputs).softmax(1).max(1))
     return (
-        torch.cat([one.indices for one in told]).numpy().astype(np.int64),
-        torch.cat([one.values for one in told]).numpy(),
+        torch.cat([one.indices for one in maxima]).numpy().astype(np.int64),
+        torch.cat([one.values for one in maxima]).numpy(),
     )
 
 

@@ -27,10 +27,10 @@ def print_analysis(analysis: Analysis) -> None:
 
 def _cells(layer: LayerQuality) -> tuple[str, ...]:
     damage = layer.damage
-    told = ("", "", "")
+    figures = ("", "", "")
     if damage is not None:
         drop = "" if damage.drop is None else f"{damage.drop:.2f}"
-        told = (f"{damage.divergence:.5f}", f"{damage.same:.1f}", drop)
+        figures = (f"{damage.divergence:.5f}", f"{damage.same:.1f}", drop)
     return (
         layer.name,
         "|".join(map(str, layer.bits)),
@@ -38,7 +38,7 @@ def _cells(layer: LayerQuality) -> tuple[str, ...]:
         " ".join("exact" if value is None else f"{value:.1f}" for value in layer.sqnr_db),
         " ".join(f"{100 * count / layer.weights:.1f}" for count in layer.flips),
         " + ".join(map(size, layer.level_bytes)),
-        *told,
+        *figures,
     )
 
 
@@ -48,8 +48,10 @@ def _caption(analysis: Analysis) -> str:
         order += "; bytes of a high shard that holds the layer alone"
     measured = [layer.damage for layer in analysis.layers if layer.damage is not None]
     if not measured:
-        told = "KL, same answers and top-1 were not measured: 'analysis' in the spec does, or 'nestquant analyze SPEC'."
+        basis = (
+            "KL, same answers and top-1 were not measured: 'analysis' in the spec does, or 'nestquant analyze SPEC'."
+        )
     else:
         source = "images of noise" if measured[0].noise else "calibration images"
-        told = f"KL, same answers and top-1: the layer alone part-bit, on {measured[0].images} {source}."
-    return f"{order}.\n{told}"
+        basis = f"KL, same answers and top-1: the layer alone part-bit, on {measured[0].images} {source}."
+    return f"{order}.\n{basis}"

@@ -58,9 +58,9 @@ class _Lines:
         with self.lock:
             self.ended += 1
             state = "finished before" if event.kind == "skipped" else event.row.status
-            told = f": {event.row.error}" if event.row.error else ""
+            reason = f": {event.row.error}" if event.row.error else ""
             self.console.print(
-                f"[{self.ended}/{self.total}] {event.row.name}: {state}, {event.row.seconds:.1f} s{told}",
+                f"[{self.ended}/{self.total}] {event.row.name}: {state}, {event.row.seconds:.1f} s{reason}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -112,8 +112,8 @@ class _LiveTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self.lock:
             ended = sum(self.counts.values())
-            told = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count) or "none ended"
-            head = f"{ended} of {self.total}: {told}; {self.skipped} from earlier runs, {len(self.at_work)} at work"
+            summary = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count) or "none ended"
+            head = f"{ended} of {self.total}: {summary}; {self.skipped} from earlier runs, {len(self.at_work)} at work"
             work = WholeTable([Column("at work"), Column("stage")])
             for name, stage in self.at_work.items():
                 work.add_row(name, stage)

@@ -69,13 +69,13 @@ class WholeTable:
             heading = max(map(cell_len, column.heading.split()), default=0)
             narrowest.append(max(longest if column.figures else min(longest, _NARROWEST_WORDS), heading))
             full.append(max(longest, cell_len(column.heading)))
-        left = room - sum(narrowest)
-        if left < 0:
+        spare = room - sum(narrowest)
+        if spare < 0:
             return None
         for index in sorted(range(len(full)), key=lambda index: (self.columns[index].figures, full[index])):
-            grown = min(left, full[index] - narrowest[index])
+            grown = min(spare, full[index] - narrowest[index])
             narrowest[index] += grown
-            left -= grown
+            spare -= grown
         return narrowest
 
     def _table(self, widths: Sequence[int], lines: box.Box | None) -> Table:
@@ -100,8 +100,8 @@ class WholeTable:
             for column, cell in zip(self.columns[1:], others, strict=True):
                 if not _length(cell):
                     continue
-                told = cell if isinstance(cell, Text) else console.render_str(cell, highlight=False)
-                pair = Text.assemble((column.heading, "dim"), " ", told)
+                value = cell if isinstance(cell, Text) else console.render_str(cell, highlight=False)
+                pair = Text.assemble((column.heading, "dim"), " ", value)
                 if len(line) > len(_INDENT) and line.cell_len + len(_GAP) + pair.cell_len > width:
                     yield line
                     line = Text(_INDENT)

@@ -49,11 +49,11 @@ class Cluster:
         for name in _TALKERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         self.address = address
-        with self._asked("reached"):
+        with self._answering("reached"):
             self.client = JobSubmissionClient(address)
 
     @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
+    def _answering(self, what: str) -> Iterator[None]:
         """Say in one line why the cluster could not be asked; the client raises whatever it meets."""
         from ray.exceptions import AuthenticationError
 
@@ -89,7 +89,7 @@ class Cluster:
         while status not in TERMINAL and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             status, message = self._state(submission_id)
-        with self._asked("asked for the log"):
+        with self._answering("asked for the log"):
             log = str(self.client.get_job_logs(submission_id))
             if status not in TERMINAL:
                 self.client.stop_job(submission_id)
@@ -133,7 +133,7 @@ class Cluster:
         return self._state(attempt.submission_id)
 
     def _state(self, submission_id: str) -> tuple[Status, str | None]:
-        with self._asked("asked for the job"):
+        with self._answering("asked for the job"):
             try:
                 info = self.client.get_job_info(submission_id)
             except RuntimeError as error:
@@ -147,14 +147,14 @@ class Cluster:
         """Ask Ray to stop an attempt and wait until it has."""
         if self.status(attempt)[0] in TERMINAL:
             return
-        with self._asked("asked to stop the job"):
+        with self._answering("asked to stop the job"):
             self.client.stop_job(attempt.submission_id)
         while self.status(attempt)[0] not in TERMINAL:
             time.sleep(_POLL_S)
 
     def logs(self, attempt: Attempt) -> str:
         """Return the driver's log so far."""
-        with self._asked("asked for the log"):
+        with self._answering("asked for the log"):
             return str(self.client.get_job_logs(attempt.submission_id))
 
     def follow(self, attempt: Attempt) -> AsyncIterator[str]:

@@ -70,10 +70,10 @@ def main() -> int:
         reporter.end(End(status="STOPPED", error="cancelled", unix_s=int(time.time())))
         return 130
     except Exception as error:  # whatever it was, the record outlives this process
-        told = " ".join(str(error).split()) or type(error).__name__
-        reporter.write(kind="failed", message=told)
+        message = " ".join(str(error).split()) or type(error).__name__
+        reporter.write(kind="failed", message=message)
         story = "".join(traceback.format_exception(error))
-        reporter.end(End(status="FAILED", error=told, traceback=story, unix_s=int(time.time())))
+        reporter.end(End(status="FAILED", error=message, traceback=story, unix_s=int(time.time())))
         if not isinstance(error, JobError | WorkError | StorageError):  # those are told by their line alone
             print(story, file=sys.stderr)
         return 1

@@ -66,8 +66,8 @@ def differences(answers: tuple[Answer, ...]) -> list[str]:
     """Packages whose versions differ between the machines: the same job would end in other integers."""
     head, worker = answers
     pairs = [
-        f"{name} {seen} and {worker.versions[name]}"
-        for name, seen in head.versions.items()
-        if worker.versions and worker.versions[name] != seen
+        f"{name} {version} and {worker.versions[name]}"
+        for name, version in head.versions.items()
+        if worker.versions and worker.versions[name] != version
     ]
     return [f"head and worker have different versions: {', '.join(pairs)}."] if pairs else []

@@ -88,10 +88,10 @@ class JobRecord:
 
     def spec(self) -> JobSpec:
         """Return what was asked."""
-        found = self._read(self.spec_key, Asked)
-        if found is None:
+        document = self._read(self.spec_key, Asked)
+        if document is None:
             raise JobError(f"No job {self.request} in {self.store.uri}; 'nestquant jobs ls' shows what there is.")
-        return found.spec
+        return document.spec
 
     def claim(self, number: int, address: str) -> Attempt | None:
         """Claim an attempt's number; None where somebody else did."""
@@ -105,14 +105,14 @@ class JobRecord:
 
     def latest(self) -> Attempt | None:
         """Return the newest attempt."""
-        number, found = 1, None
+        number, newest = 1, None
         while (attempt := self._read(self._key(number, "json"), Attempt)) is not None:
-            number, found = number + 1, attempt
-        return found
+            number, newest = number + 1, attempt
+        return newest
 
-    def beat(self, number: int, stage: str, done: int, total: int) -> None:
+    def beat(self, number: int, stage: str, count: int, total: int) -> None:
         """Say how far an attempt is, and that it lives."""
-        progress = Progress(stage=stage, done=done, total=total, unix_s=int(time.time()))
+        progress = Progress(stage=stage, done=count, total=total, unix_s=int(time.time()))
         self.store.put(self._key(number, "progress.json"), canonical_json(progress), mode="overwrite")
 
     def progress(self, number: int) -> Progress | None:
@@ -168,19 +168,19 @@ def find_job(store: BlobStore, text: str) -> JobRecord:
     Raises:
         JobError: none or several do.
     """
-    wanted = text.lower().removeprefix("sha256:")
-    if not _MIN_PREFIX <= len(wanted) <= 64 or set(wanted) - set("0123456789abcdef"):
+    digits = text.lower().removeprefix("sha256:")
+    if not _MIN_PREFIX <= len(digits) <= 64 or set(digits) - set("0123456789abcdef"):
         raise JobError(
             f"{text!r} names no job: give a job's digest, or {_MIN_PREFIX} or more of its digits (0-9, a-f); "
             "'nestquant jobs ls' lists them."
         )
-    if len(wanted) == 64:
-        found = [f"sha256:{wanted}"] if store.exists(f"jobs/{wanted}/spec.json") else []
+    if len(digits) == 64:
+        matches = [f"sha256:{digits}"] if store.exists(f"jobs/{digits}/spec.json") else []
     else:
-        found = [request for request in requests(store) if request.removeprefix("sha256:").startswith(wanted)]
-    if not found:
+        matches = [request for request in requests(store) if request.removeprefix("sha256:").startswith(digits)]
+    if not matches:
         raise JobError(f"No job {text!r} in {store.uri}; 'nestquant jobs ls' lists those that were submitted there.")
-    if len(found) > 1:
-        names = [request.removeprefix("sha256:")[: len(wanted) + 6] for request in found]
-        raise JobError(f"{len(found)} jobs begin with {text!r}: {shown(names)}; give more digits.")
-    return JobRecord(store, found[0])
+    if len(matches) > 1:
+        names = [request.removeprefix("sha256:")[: len(digits) + 6] for request in matches]
+        raise JobError(f"{len(matches)} jobs begin with {text!r}: {shown(names)}; give more digits.")
+    return JobRecord(store, matches[0])

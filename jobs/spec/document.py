@@ -38,8 +38,8 @@ def read_text(path: str | Path, what: str) -> str:
     except UnicodeDecodeError as error:
         raise SpecError(f"{path} is not UTF-8 (byte {error.start}); expected {what}: save it as UTF-8.") from error
     except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
-        told = getattr(error, "strerror", None) or error
-        raise SpecError(f"Cannot read {path}: {told}; expected {what}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"Cannot read {path}: {reason}; expected {what}.") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -61,8 +61,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f" in line {place.line + 1}" if place is not None else ""
-        told = shortened(getattr(error, "problem", None) or error)
-        raise SpecError(f"{where} is not valid YAML{line}: {told}.") from error
+        reason = shortened(getattr(error, "problem", None) or error)
+        raise SpecError(f"{where} is not valid YAML{line}: {reason}.") from error
     except RecursionError as error:
         raise SpecError(f"{where} is nested more than {MAX_DEPTH} levels deep.") from error
     except (ValueError, OverflowError, TypeError) as error:  # an integer of 5,000 digits, a date of the month 13
@@ -114,13 +114,13 @@ def _children(node: Node, where: str) -> list[Node]:
         return list(node.value)
     if not isinstance(node, MappingNode):
         return []
-    seen: dict[tuple[str, str], int] = {}
+    lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         line = key.start_mark.line + 1
         if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
             name = (key.tag, str(key.value))
-            if name in seen:
-                told = shortened(repr(key.value))
-                raise SpecError(f"{where}: key {told} stands twice, in lines {seen[name]} and {line}; keep one.")
-            seen[name] = line
+            if name in lines:
+                text = shortened(repr(key.value))
+                raise SpecError(f"{where}: key {text} stands twice, in lines {lines[name]} and {line}; keep one.")
+            lines[name] = line
     return [child for pair in node.value for child in pair]

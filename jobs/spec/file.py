@@ -70,8 +70,8 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
     location = [str(step) for step in item["loc"]]
     key = ".".join(location) or "spec"
     if item["type"] == "extra_forbidden":
-        known = _known_keys(root, item["loc"][:-1])
-        hint = f"{nearest(location[-1], known)} Known here: {', '.join(sorted(known))}."
+        keys = _known_keys(root, item["loc"][:-1])
+        hint = f"{nearest(location[-1], keys)} Known here: {', '.join(sorted(keys))}."
         return f"unknown key {shortened(repr(key))}.{hint}"
     if item["type"] == "missing":
         return f"{key!r} is missing."
@@ -80,8 +80,8 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
         message = "expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends"
     if item["type"] == "too_short":
         message = "expected one or more"
-    seen = "" if isinstance(item["input"], dict) else f" Seen: {shown_value(item['input'])}."
-    return f"{shortened(repr(key))}: {shortened(message)}.{seen}"
+    actual = "" if isinstance(item["input"], dict) else f" Seen: {shown_value(item['input'])}."
+    return f"{shortened(repr(key))}: {shortened(message)}.{actual}"
 
 
 def _known_keys(root: type[BaseModel], path: Sequence[str | int]) -> set[str]:

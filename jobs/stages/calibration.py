@@ -91,9 +91,9 @@ def read_range(name: str, parts: list[Observed], activations: ActivationSpec, *,
         if name in part.histograms:
             merged = merged.merge(Histogram.from_dict(part.histograms[name]))
     bits = max(activations.bits, LAST_LAYER_BITS) if last else activations.bits
-    found = activation_range(
+    extent = activation_range(
         merged, observer=activations.observer, bits=bits, percentile=activations.percentile, sigmas=activations.sigma
     )
     return ActivationRange(
-        bits=bits, low=found.low, high=found.high, signed=found.signed, observer=activations.observer
+        bits=bits, low=extent.low, high=extent.high, signed=extent.signed, observer=activations.observer
     )

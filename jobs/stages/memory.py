@@ -73,12 +73,14 @@ def task_needs(job: Job, executor: Executor) -> dict[str, Need]:
     if spec.export is not None:
         images = calibration or CalibrationSpec(data="", samples=SAMPLES, batch_size=CHUNK)
         batch = min(images.batch_size, images.samples)
-        held = _EXPORT_COPIES * _network_bytes(staged) + job.image_bytes + blobs + batch * _forward_bytes(staged)
-        needs.append(_need("export", held, "calibration.batch_size"))
+        resident_bytes = (
+            _EXPORT_COPIES * _network_bytes(staged) + job.image_bytes + blobs + batch * _forward_bytes(staged)
+        )
+        needs.append(_need("export", resident_bytes, "calibration.batch_size"))
     if evaluation is not None:
         batch = min(evaluation.batch_size, evaluation.limit or evaluation.batch_size)
-        held = network + _packed_bytes(plan) + blobs + batch * _forward_bytes(staged)
-        needs.append(_need("evaluate", held, "evaluate.batch_size"))
+        resident_bytes = network + _packed_bytes(plan) + blobs + batch * _forward_bytes(staged)
+        needs.append(_need("evaluate", resident_bytes, "evaluate.batch_size"))
     return {need.stage: need for need in needs}
 
 
@@ -87,8 +89,8 @@ def sensitivity_samples(job: Job) -> int:
     spec = job.spec
     if spec.calibration is None:
         return NOISE_SAMPLES
-    asked = [section.samples for section in (spec.quantize.mixed, spec.analysis) if section is not None]
-    return min(asked[0] if asked else 128, spec.calibration.samples)
+    counts = [section.samples for section in (spec.quantize.mixed, spec.analysis) if section is not None]
+    return min(counts[0] if counts else 128, spec.calibration.samples)
 
 
 def sensitivity_need(job: Job, samples: int) -> Need:
@@ -100,10 +102,10 @@ def sensitivity_need(job: Job, samples: int) -> Need:
     layers = job.plan.whole_layers
     largest = max(layer.weights for layer in layers)
     moments = max((moments_bytes(layer) for layer in layers), default=0) if solves else 0
-    held = _network_bytes(staged) + job.image_bytes + _BYTES_TO_SOLVE * largest + moments
-    held += images * _input_bytes(staged) + min(batch, images) * _forward_bytes(staged)
+    resident_bytes = _network_bytes(staged) + job.image_bytes + _BYTES_TO_SOLVE * largest + moments
+    resident_bytes += images * _input_bytes(staged) + min(batch, images) * _forward_bytes(staged)
     key = "analysis.samples" if spec.quantize.mixed is None else "quantize.mixed.samples"
-    return _need("sensitivity", held, key)
+    return _need("sensitivity", resident_bytes, key)
 
 
 def member_need(job: Job, images: CalibrationSpec, members: int) -> Need:
@@ -116,8 +118,8 @@ def member_need(job: Job, images: CalibrationSpec, members: int) -> Need:
     largest = max(stop - start for start, stop in chunks)
     held_images = min(images.samples, largest * math.ceil(len(chunks) / members))
     moments = max(moments_bytes(layer) for layer in layers)
-    held = lanes * (_network_bytes(staged) + held_images * _forward_bytes(staged))
-    return _need("reconstruct", job.image_bytes + moments + held, "calibration.samples")
+    lane_bytes = lanes * (_network_bytes(staged) + held_images * _forward_bytes(staged))
+    return _need("reconstruct", job.image_bytes + moments + lane_bytes, "calibration.samples")
 
 
 def chunks_of(images: CalibrationSpec) -> list[tuple[int, int]]:

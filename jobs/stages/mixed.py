@@ -125,9 +125,9 @@ def mixed_bits(
         PlanError: the target cannot be met.
     """
     ledger = Ledger(registry, job)
-    found = ledger.find(ledger.mixed_key, MixedRecord)
-    if found is not None:
-        return found
+    earlier = ledger.find(ledger.mixed_key, MixedRecord)
+    if earlier is not None:
+        return earlier
     empty = len(build_shard({}, {}).data)
     layers = [
         LayerChoices(
@@ -145,11 +145,11 @@ def mixed_bits(
     return MixedRecord.model_validate_json(registry.store.get(ledger.mixed_key))
 
 
-def _check(figures: Sequence[Integers], limit: int, key: str, wanted: float, told: Callable[[int], str]) -> None:
+def _check(figures: Sequence[Integers], limit: int, key: str, target: float, describe: Callable[[int], str]) -> None:
     least = sum(int(choices.min()) for choices in figures)
     if least > limit:
         raise PlanError(
-            f"quantize.mixed.{key}: {wanted:g} cannot be met: the smallest possible here is {told(least)}. "
+            f"quantize.mixed.{key}: {target:g} cannot be met: the smallest possible here is {describe(least)}. "
             f"Ask for more, or allow {'wider' if key == 'max_drop' else 'narrower'} quantize.mixed.choices."
         )
 
@@ -206,22 +206,22 @@ class _Program:
         rows, limits = [np.concatenate(row) for row, _ in bounds], [limit for _, limit in bounds]
         units = [max(1, int(np.gcd.reduce(row))) for row in rows]
         for _ in range(_ATTEMPTS):
-            kept = [
+            constraints = [
                 LinearConstraint(row[None, :] / unit, -np.inf, limit // unit)
                 for row, unit, limit in zip(rows, units, limits, strict=True)
             ]
-            found = milp(
+            solution = milp(
                 np.concatenate(cost).astype(np.float64),
                 integrality=np.ones(self.size),
                 bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(one_each, 1, 1), *kept],
+                constraints=[LinearConstraint(one_each, 1, 1), *constraints],
                 options={"mip_rel_gap": 0.0},
             )
-            if found.status == _INFEASIBLE:
+            if solution.status == _INFEASIBLE:
                 return None
-            if found.x is None:
-                raise WorkError(f"quantize.mixed: the integer program was not solved: {found.message}")
-            chosen = [int(np.argmax(part)) for part in np.split(found.x, self.starts[1:])]
+            if solution.x is None:
+                raise WorkError(f"quantize.mixed: the integer program was not solved: {solution.message}")
+            chosen = [int(np.argmax(part)) for part in np.split(solution.x, self.starts[1:])]
             over = [_sum(row, chosen) - limit for row, limit in bounds]
             if max(over) <= 0:
                 return chosen

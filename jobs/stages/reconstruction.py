@@ -110,7 +110,7 @@ def _walk(
     order = [*(at for at in range(len(layers)) if at not in laned), *laned]
     for at in order:
         if at not in solved:
-            done = tuple(other for other in solved)
-            calls = [] if at in without else [(member, (at, chunk, done)) for _, member, chunk in places]
+            earlier = tuple(other for other in solved)
+            calls = [] if at in without else [(member, (at, chunk, earlier)) for _, member, chunk in places]
             solved[at] = gang.reduce("solve", at, samples, skipped, without.get(at), over="moments", calls=calls)
         on_done(len(solved), len(layers))

@@ -49,8 +49,8 @@ def _make(job: Job, executor: Executor, clock: StageClock) -> SyntheticRecord:
         SynthesizeTask(context=job.context, samples=min(CHUNK, SAMPLES - start), chunk=chunk)
         for chunk, start in enumerate(range(0, SAMPLES, CHUNK))
     ]
-    for done, _ in enumerate(executor.map(synthesize, tasks, memory_bytes=memory_bytes), start=1):
-        progress(done, len(tasks))
+    for count, _ in enumerate(executor.map(synthesize, tasks, memory_bytes=memory_bytes), start=1):
+        progress(count, len(tasks))
     joining = JoinTask(context=job.context, chunks=len(tasks))
     [(_, record)] = executor.map(join, [joining], memory_bytes=memory_bytes)
     return record

@@ -98,8 +98,8 @@ def run_zoo(
         }
         try:
             while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                tables.add([row for future in done if (row := future.result()) is not None])
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                tables.add([row for future in ended if (row := future.result()) is not None])
         except BaseException:
             executor.stop()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -128,8 +128,8 @@ def _one(job: ZooJob, request: str, executor: Executor, ledger: ZooLedger, liste
     except Stopped:
         return None
     except Exception as error:  # a failure is a row like the others; the exit code tells
-        told = "".join(traceback.format_exception(error))
-        row = failed_row(job, request, error, told, attempts=attempt, seconds=time.perf_counter() - begin)
+        trace = "".join(traceback.format_exception(error))
+        row = failed_row(job, request, error, trace, attempts=attempt, seconds=time.perf_counter() - begin)
     ledger.end(row)
     listen(ZooEvent("ended", job, row=row))
     return row

@@ -176,8 +176,8 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np
             raise ImageFault(f"{image.width} x {image.height} pixels would be enlarged to {size[0]} x {size[1]}")
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     # As torchvision's CenterCrop: an odd margin's half goes to the nearest even offset.
-    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    image = image.crop((left, top, left + width, top + height))
+    column, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((column, top, column + width, top + height))
     pixels = np.asarray(image, dtype=np.float32).reshape(height, width, channels) / np.float32(255)
     mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
     normalised = (pixels - mean) / std

@@ -21,7 +21,7 @@ ReadBlob = Callable[[Descriptor], bytes]
 
 
 def engine_tensors(
-    manifest: Manifest, layout: Layout, values: dict[str, Array], read: ReadBlob, level: int
+    manifest: Manifest, layout: Layout, values: dict[str, Array], read_blob: ReadBlob, level: int
 ) -> Iterator[tuple[EngineTensor, Array]]:
     """Yield every tensor that changes with the level, in the layout's order, C-contiguous in its dtype and shape.
 
@@ -29,14 +29,14 @@ def engine_tensors(
         manifest: the version.
         layout: of the engine's graph (`storage.engine_layout.read_layout`).
         values: the layout's own.
-        read: returns a blob's bytes, verified.
+        read_blob: returns a blob's bytes, verified.
         level: 0 is part-bit.
 
     Raises:
         storage.InvalidShard: integers are not there, too many, or do not belong together.
     """
     layers = {layer.name: layer for layer in manifest.layers}
-    shards = _Shards(manifest, read)
+    shards = _Shards(manifest, read_blob)
     for tensor in layout.tensors:
         if tensor.role == "bias":
             yield tensor, values[tensor.value_key(level)]
@@ -76,11 +76,11 @@ def full_grid_integers(layer: LayerRecord, shards: _Shards, level: int) -> Array
 class _Shards:
     """The last shard read of each level: layers stand in execution order, and so do their pieces."""
 
-    def __init__(self, manifest: Manifest, read: ReadBlob) -> None:
-        self._manifest, self._read = manifest, read
-        self._held: dict[int, tuple[int, Shard]] = {}
+    def __init__(self, manifest: Manifest, read_blob: ReadBlob) -> None:
+        self._manifest, self._read_blob = manifest, read_blob
+        self._shards: dict[int, tuple[int, Shard]] = {}
 
     def at(self, group: int, level: int) -> Shard:
-        if self._held.get(level, (-1, None))[0] != group:
-            self._held[level] = group, read_shard(self._read(self._manifest.groups[group].levels[level]))
-        return self._held[level][1]
+        if self._shards.get(level, (-1, None))[0] != group:
+            self._shards[level] = group, read_shard(self._read_blob(self._manifest.groups[group].levels[level]))
+        return self._shards[level][1]

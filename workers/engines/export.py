@@ -151,38 +151,38 @@ def _inner_ranges(
     manifest, images = task.manifest, task.images
     assert images is not None, "there is nothing to read ranges from"
     assert manifest.preprocessing is not None, "looked at before"
-    wanted = graph.unknown_ranges()
+    ranges = graph.unknown_ranges()
     model, layout, values = graph.finish(state, grids, activations=False)
     tensors = {
         tensor.name: array
         for tensor, array in engine_tensors(manifest, layout, values, registry.get_blob, manifest.level_count() - 1)
     }
-    outputs = sorted(set(wanted.values()) - {IMAGE})
+    outputs = sorted(set(ranges.values()) - {IMAGE})
     session = session_with(with_outputs(model, outputs), tensors, options(threads=1, float_weights=True))
-    histograms = dict.fromkeys(wanted.values(), Histogram.empty())
-    seen = 0
+    histograms = dict.fromkeys(ranges.values(), Histogram.empty())
+    count = 0
     with scratch("export") as folder:
-        found = fetch_images(images.data, folder).sample(images.samples)
-        for inputs, _ in found.batches(
-            Preprocessing.from_record(manifest.preprocessing), batch_size=images.batch_size, start=0, stop=len(found)
+        sample = fetch_images(images.data, folder).sample(images.samples)
+        for inputs, _ in sample.batches(
+            Preprocessing.from_record(manifest.preprocessing), batch_size=images.batch_size, start=0, stop=len(sample)
         ):
             batch = inputs.numpy()
-            seen += len(batch)
+            count += len(batch)
             for name, value in zip([IMAGE, *outputs], [batch, *session.run(outputs, {IMAGE: batch})], strict=True):
                 if name in histograms:
                     histograms[name] = histograms[name].merge(Histogram.of(value))
-    if not seen:
+    if not count:
         raise WorkError(f"{images.data}: none of its images could be read, so that ranges cannot be found.")
-    return {key: _range_of(histograms[name], images) for key, name in wanted.items()}
+    return {key: _range_of(histograms[name], images) for key, name in ranges.items()}
 
 
 def _range_of(histogram: Histogram, images: RangeImages) -> ActivationRange:
-    found = activation_range(
+    extent = activation_range(
         histogram,
         observer=images.observer,  # type: ignore[arg-type]  # one of the method's; it says so where it is not
         bits=ACTIVATION_BITS,
         percentile=images.percentile,
     )
     return ActivationRange(
-        bits=ACTIVATION_BITS, low=found.low, high=found.high, signed=found.signed, observer=images.observer
+        bits=ACTIVATION_BITS, low=extent.low, high=extent.high, signed=extent.signed, observer=images.observer
     )

@@ -52,7 +52,7 @@ class EngineGraph:
         self.tensors: list[EngineTensor] = []
         self.values: dict[str, Array] = {}
         self.constants: dict[str, Array] = {}
-        self.kept: list[FloatRecord] = []
+        self.kept_float: list[FloatRecord] = []
         self._offset = 0
         self._between = tensors_between(self.nodes, self.sites)
         self._quantized: dict[tuple[str, float, int], str] = {}
@@ -61,13 +61,13 @@ class EngineGraph:
 
     def unknown_ranges(self) -> dict[str, str]:
         """Return the tensors whose ranges the manifest does not hold: key in ``inner`` -> name in the graph."""
-        wanted = {
+        inputs = {
             f"{site.record.name}/input": str(site.node.input[0])
             for site in self.sites
             if site.direct and site.record.activation is None and site.node.op_type != "ConvTranspose"
         }
-        known = {str(site.node.input[0]) for site in self.sites if site.record.activation is not None}
-        return wanted | {name: name for name in self._between if name not in known}
+        tensors = {str(site.node.input[0]) for site in self.sites if site.record.activation is not None}
+        return inputs | {name: name for name in self._between if name not in tensors}
 
     def finish(
         self,
@@ -95,7 +95,7 @@ class EngineGraph:
         self._insert()
         self._drop_unused()
         self._add_constants(state)
-        layout = Layout(tensors=tuple(self.tensors), image=IMAGE, answer=ANSWER, kept_float=tuple(self.kept))
+        layout = Layout(tensors=tuple(self.tensors), image=IMAGE, answer=ANSWER, kept_float=tuple(self.kept_float))
         return self.model.SerializeToString(deterministic=True), layout, self.values
 
     def _place(
@@ -126,7 +126,7 @@ class EngineGraph:
             for user in consumers(self.nodes, layer.parameter):
                 _exchange(user, layer.parameter, dequantized)
         if not site.direct:
-            self._keep(layer.name, f"its weight is used by {node.op_type}", wanted=activations)
+            self._keep(layer.name, f"its weight is used by {node.op_type}", counts=activations)
             return
         if norm is not None:
             node.output[0] = norm.output[0]
@@ -139,20 +139,20 @@ class EngineGraph:
         layer, node = site.record, site.node
         if not activations:
             return None
-        found = layer.activation or inner.get(f"{layer.name}/input")
+        extent = layer.activation or inner.get(f"{layer.name}/input")
         if node.op_type == "ConvTranspose":
-            self._keep(layer.name, "the engine has no transposed convolution of integers", wanted=True)
+            self._keep(layer.name, "the engine has no transposed convolution of integers", counts=True)
             return None
-        if found is None:
-            self._keep(layer.name, "no range of its input is known", wanted=True)
+        if extent is None:
+            self._keep(layer.name, "no range of its input is known", counts=True)
             return None
-        scale, zero_point = grid_of(found)
+        scale, zero_point = grid_of(extent)
         node.input[0] = self._on_grid(node.input[0], scale, zero_point)
         return scale
 
-    def _keep(self, layer: str, reason: str, *, wanted: bool) -> None:
-        if wanted:
-            self.kept.append(FloatRecord(name=layer, reason=reason))
+    def _keep(self, layer: str, reason: str, *, counts: bool) -> None:
+        if counts:
+            self.kept_float.append(FloatRecord(name=layer, reason=reason))
 
     def _on_grid(self, name: str, scale: float, zero_point: int) -> str:
         """Return the name of a tensor quantized and dequantized; one that several read on one grid is made once."""
@@ -169,14 +169,14 @@ class EngineGraph:
             self._quantized[key] = f"{base}/float"
         return self._quantized[key]
 
-    def _quantize_between(self, name: str, found: ActivationRange | None) -> None:
+    def _quantize_between(self, name: str, extent: ActivationRange | None) -> None:
         """Quantize a tensor for all that do not quantize it themselves: on the grid that a layer has it on already, or
         by its own range.
         """
-        known = [(scale, zero_point) for tensor, scale, zero_point in self._quantized if tensor == name]
-        if len(known) != 1 and found is None:
+        grids = [(scale, zero_point) for tensor, scale, zero_point in self._quantized if tensor == name]
+        if len(grids) != 1 and extent is None:
             return
-        quantized = self._on_grid(name, *(grid_of(found) if found is not None else known[0]))
+        quantized = self._on_grid(name, *(grid_of(extent) if extent is not None else grids[0]))
         for user in consumers(self.nodes, name):
             _exchange(user, name, quantized)
 
@@ -201,34 +201,34 @@ class EngineGraph:
             if np.isfinite(whole).all() and np.abs(whole).max(initial=0) <= _LARGEST_BIAS:
                 values, integers = whole.astype(np.int32), True
             else:
-                self._keep(layer.name, "its bias is beyond 32-bit integers on the grid of its products", wanted=True)
-        given = name
+                self._keep(layer.name, "its bias is beyond 32-bit integers on the grid of its products", counts=True)
+        source = name
         if integers:
             self.constants[f"{name}/scale"] = grid.astype(np.float32)
             self._before[id(node)].append(
                 helper.make_node("DequantizeLinear", [name, f"{name}/scale"], [f"{name}/float"], axis=0)
             )
-            given = f"{name}/float"
+            source = f"{name}/float"
         if len(bias) > 1:
             self._add_tensor(name, layer.name, "bias", values.dtype, values.shape[1:], levels=len(bias))
             self.values |= {f"{name}/level{level}": values[level] for level in range(len(bias))}
         else:
             self.constants[name] = values[0]
-        self._wire_bias(node, own, given, layer.name)
+        self._wire_bias(node, own, source, layer.name)
 
-    def _wire_bias(self, node: onnx.NodeProto, own: str, given: str, layer: str) -> None:
+    def _wire_bias(self, node: onnx.NodeProto, own: str, source: str, layer: str) -> None:
         users = consumers(self.nodes, own)
         if node.op_type != "MatMul":
             if any(user is not node for user in users):
                 raise WorkError(f"Layer {layer!r}: its bias is used by {users[0].op_type}; leave it float.")
             del node.input[2:]
-            node.input.append(given)
+            node.input.append(source)
             return
         if users:
             for user in users:
-                _exchange(user, own, given)
+                _exchange(user, own, source)
             return
-        added = helper.make_node("Add", [f"{node.output[0]}/product", given], [node.output[0]])
+        added = helper.make_node("Add", [f"{node.output[0]}/product", source], [node.output[0]])
         node.output[0] = f"{node.output[0]}/product"
         self.nodes.insert(next(at for at, one in enumerate(self.nodes) if one is node) + 1, added)
 
@@ -281,40 +281,40 @@ class EngineGraph:
     def _drop_unused(self) -> None:
         """Drop what nothing reads any more: the Transpose of a weight that is stored transposed."""
         while True:
-            read = {name for node in self.graph.node for name in node.input} | {ANSWER}
-            kept = [node for node in self.graph.node if read.intersection(node.output)]
-            if len(kept) == len(self.graph.node):
+            names = {name for node in self.graph.node for name in node.input} | {ANSWER}
+            nodes = [node for node in self.graph.node if names.intersection(node.output)]
+            if len(nodes) == len(self.graph.node):
                 break
-            self._replace(kept)
-        initializers = [one for one in self.graph.initializer if one.name in read]
+            self._replace(nodes)
+        initializers = [one for one in self.graph.initializer if one.name in names]
         initializers = [onnx.TensorProto.FromString(one.SerializeToString()) for one in initializers]
         del self.graph.initializer[:]
         self.graph.initializer.extend(initializers)
 
     def _add_constants(self, state: Mapping[str, Array]) -> None:
         """Turn the inputs that stand for parameters into constants, and add those that were made."""
-        read = {name for node in self.graph.node for name in node.input}
-        image = next(given for given in self.graph.input if given.name == IMAGE)
-        wanted = [given.name for given in self.graph.input if given.name != IMAGE and given.name in read]
+        names = {name for node in self.graph.node for name in node.input}
+        image = next(entry for entry in self.graph.input if entry.name == IMAGE)
+        parameters = [entry.name for entry in self.graph.input if entry.name != IMAGE and entry.name in names]
         image = onnx.ValueInfoProto.FromString(image.SerializeToString())
-        if lost := [name for name in wanted if name not in state]:
+        if lost := [name for name in parameters if name not in state]:
             raise WorkError(f"The version has no parameter {lost[0]!r}, which its network needs; export it anew.")
         del self.graph.input[:]
         self.graph.input.append(image)
-        for name in wanted:
+        for name in parameters:
             self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(state[name]), name))
         for name, value in self.constants.items():
-            if name in read:
+            if name in names:
                 self.graph.initializer.append(
                     numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), name)
                 )
 
 
-def grid_of(found: ActivationRange) -> tuple[float, int]:
+def grid_of(bounds: ActivationRange) -> tuple[float, int]:
     """Return scale and uint8 zero point of a range; a signed grid is the same one, its integers 128 higher."""
-    extent = found.high - found.low
+    extent = bounds.high - bounds.low
     scale = max(extent / 255, float(np.finfo(np.float32).tiny)) if extent else 1.0
-    return scale, min(max(-round(found.low / scale), 0), 255)
+    return scale, min(max(-round(bounds.low / scale), 0), 255)
 
 
 def _folded(norm: onnx.NodeProto, state: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -352,8 +352,8 @@ def _exchange(node: onnx.NodeProto, old: str, new: str) -> None:
 
 def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
     """Return a graph that answers with these tensors too."""
-    made = onnx.ModelProto.FromString(model)
-    known = {given.name for given in made.graph.output}
-    made.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    raw: bytes = made.SerializeToString(deterministic=True)
+    proto = onnx.ModelProto.FromString(model)
+    outputs = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    raw: bytes = proto.SerializeToString(deterministic=True)
     return raw

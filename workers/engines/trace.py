@@ -77,12 +77,12 @@ def trace(model: ModelRecord, preprocessing: Preprocessing) -> onnx.ModelProto:
 
 def _own_state(network: nn.Module) -> dict[str, Tensor]:
     """Return the float tensors of the state dict, one that stands under several names once."""
-    seen: set[tuple[int, torch.Size]] = set()
+    storages: set[tuple[int, torch.Size]] = set()
     state: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         place = (tensor.data_ptr(), tensor.shape)
-        if tensor.is_floating_point() and place not in seen:
-            seen.add(place)
+        if tensor.is_floating_point() and place not in storages:
+            storages.add(place)
             state[name] = tensor.detach()
     return state
 

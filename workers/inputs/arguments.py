@@ -43,10 +43,10 @@ def check_arguments(arguments: Mapping[str, object]) -> None:
             raise ModelError(f"model.kwargs.{name}: {fault}; expected {expected}.")
 
 
-def _fault(value: object, depth: int, left: list[int]) -> str | None:
+def _fault(value: object, depth: int, budget: list[int]) -> str | None:
     """Say what is wrong with a value, or None; ``left`` counts down the values that may still come."""
-    left[0] -= 1
-    if left[0] < 0:
+    budget[0] -= 1
+    if budget[0] < 0:
         return f"more than {_MOST_VALUES} values"
     if not isinstance(value, list | tuple | dict):
         return _scalar_fault(value)
@@ -58,7 +58,7 @@ def _fault(value: object, depth: int, left: list[int]) -> str | None:
         except ModelError as error:
             return str(error).rstrip(".")
     inner = value.values() if isinstance(value, dict) else value
-    return next((fault for one in inner if (fault := _fault(one, depth - 1, left)) is not None), None)
+    return next((fault for one in inner if (fault := _fault(one, depth - 1, budget)) is not None), None)
 
 
 def _scalar_fault(value: object) -> str | None:

@@ -181,13 +181,13 @@ def _header(path: Path, uri: str, name: str) -> tuple[tuple[int, ...], np.dtype[
     members = _members(path, uri)
     info = members.get(f"{name}.npy")
     if info is None:
-        seen = shown([member.removesuffix(".npy") for member in members]) or "nothing"
-        raise DataError(f"{uri}: no array {name!r}, but {seen}; expected x as uint8 (N, H, W, C) or (N, H, W).")
+        members_text = shown([member.removesuffix(".npy") for member in members]) or "nothing"
+        raise DataError(f"{uri}: no array {name!r}, but {members_text}; expected x as uint8 (N, H, W, C) or (N, H, W).")
     try:
         with zipfile.ZipFile(path) as archive, archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
+            parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = parse(stream)
             content = info.file_size - stream.tell()
     except Exception as error:  # as above, and what numpy raises for a header that is none
         raise DataError(f"{uri}: array {name!r} cannot be read: {one_line(error)}.") from error

@@ -30,12 +30,12 @@ def check_fit(network: nn.Module, reader: TensorReader) -> dict[str, TensorInfo]
     return {name: reader.tensors[name] for name in network.state_dict() if name in reader.tensors}
 
 
-def check_shapes(network: nn.Module, found: Shapes, *, name: str, architecture: Architecture | None = None) -> None:
+def check_shapes(network: nn.Module, shapes: Shapes, *, name: str, architecture: Architecture | None = None) -> None:
     """Raise where tensors of these shapes are not the network's.
 
     Args:
         network: the float network, on any device.
-        found: the checkpoint's tensors, by the network's names.
+        shapes: the checkpoint's tensors, by the network's names.
         name: what the user calls the checkpoint.
         architecture: how the network was built, so that other arguments can be tried for the message.
 
@@ -43,13 +43,13 @@ def check_shapes(network: nn.Module, found: Shapes, *, name: str, architecture: 
         CheckpointError: keys missing or unexpected, shapes that differ; the message lists them, or says which argument
             makes them fit.
     """
-    wanted = shapes_of(network)
-    missing = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in found if key not in wanted]
-    wrong = [key for key, shape in wanted.items() if key in found and found[key] != shape]
+    expected = shapes_of(network)
+    missing = [key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in shapes if key not in expected]
+    wrong = [key for key, shape in expected.items() if key in shapes and shapes[key] != shape]
     if not (missing or unexpected or wrong):
         return
-    if architecture is not None and wrong and (change := architecture.fitting(network, found)):
+    if architecture is not None and wrong and (change := architecture.fitting(network, shapes)):
         raise CheckpointError(f"{name} does not fit the network: {change}")
     faults = []
     if missing:
@@ -59,8 +59,8 @@ def check_shapes(network: nn.Module, found: Shapes, *, name: str, architecture: 
     if wrong:
         first = wrong[0]
         faults.append(
-            f"{len(wrong)} shapes differ ({first!r}: {found[first]} in the checkpoint, "
-            f"{wanted[first]} in the network" + (", ..." if len(wrong) > 1 else "") + ")"
+            f"{len(wrong)} shapes differ ({first!r}: {shapes[first]} in the checkpoint, "
+            f"{expected[first]} in the network" + (", ..." if len(wrong) > 1 else "") + ")"
         )
     hint = nearest(missing[0], unexpected) if missing and unexpected else ""
     raise CheckpointError(
@@ -96,20 +96,20 @@ class Architecture:
         return f"the checkpoint {' and '.join(told)}; {verb} kwargs: {{{text}}}."
 
 
-def _guesses(library: str, network: nn.Module, found: Shapes) -> list[tuple[str, int, str]]:
+def _guesses(library: str, network: nn.Module, shapes: Shapes) -> list[tuple[str, int, str]]:
     """Return what the shapes that differ look like: (argument, value, what the checkpoint has, in words)."""
-    wrong = [(found[name], shape) for name, shape in shapes_of(network).items() if found.get(name, shape) != shape]
+    wrong = [(shapes[name], shape) for name, shape in shapes_of(network).items() if shapes.get(name, shape) != shape]
     guesses = {}
-    for seen, expected in wrong:
-        if len(seen) != len(expected):
+    for actual, expected in wrong:
+        if len(actual) != len(expected):
             continue
-        differs = [axis for axis, (one, other) in enumerate(zip(seen, expected, strict=True)) if one != other]
-        if differs == [0] and len(seen) in (1, 2, 4) and expected[0] == _classes(network):
-            guesses["num_classes"] = (seen[0], f"has {seen[0]} classes")
-        elif differs == [1] and len(seen) == 4 and expected[1] in (1, 3):
+        differs = [axis for axis, (one, other) in enumerate(zip(actual, expected, strict=True)) if one != other]
+        if differs == [0] and len(actual) in (1, 2, 4) and expected[0] == _classes(network):
+            guesses["num_classes"] = (actual[0], f"has {actual[0]} classes")
+        elif differs == [1] and len(actual) == 4 and expected[1] in (1, 3):
             name = "in_chans" if library == "timm" else "in_channels"
-            guesses[name] = (seen[1], f"takes {seen[1]} channels")
-        elif differs == [1] and len(seen) == 3 and (size := _image_size(network, seen[1])):
+            guesses[name] = (actual[1], f"takes {actual[1]} channels")
+        elif differs == [1] and len(actual) == 3 and (size := _image_size(network, actual[1])):
             guesses["img_size"] = (size, f"is for images of {size} pixels")
     return [(argument, value, words) for argument, (value, words) in guesses.items()]
 

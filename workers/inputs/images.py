@@ -351,17 +351,17 @@ def _listing(path: Path, uri: str) -> Listing:
     others: list[str] = []
     above: dict[str, frozenset[tuple[int, int]]] = {str(path): frozenset({_place(path)})}
     for place, inner, files in os.walk(path, followlinks=True, onerror=refuse):
-        known = above.pop(place)
+        parents = above.pop(place)
         prefix = Path(place).relative_to(path).as_posix().removeprefix(".")
         prefix = f"{prefix}/" if prefix else ""
-        kept = []
+        subfolders = []
         for name in inner:
             identity = _place(Path(place, name))
-            if not is_junk(name) and identity not in known:
-                above[os.path.join(place, name)] = known | {identity}
-                kept.append(name)
-        inner[:] = kept
-        folders += [prefix + name for name in kept]
+            if not is_junk(name) and identity not in parents:
+                above[os.path.join(place, name)] = parents | {identity}
+                subfolders.append(name)
+        inner[:] = subfolders
+        folders += [prefix + name for name in subfolders]
         for name in files:
             if not is_junk(name):
                 (images if is_image(name) else others).append(prefix + name)
@@ -383,8 +383,8 @@ def _members(members: Mapping[str, tarfile.TarInfo]) -> Listing:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _open_file(path: Path) -> BufferedReader:

@@ -141,10 +141,10 @@ def by_table(content: bytes, listing: Listing, *, root: str, where: str) -> Labe
             f"{where}: {TABLE} names {len(missing)} files that are not there, or are no images, "
             f"{printable(missing[0], most=100)!r} first."
         )
-    known = {label: found.copy().pop() for label, found in sorted(titles.items())}
-    single = title is not None and all(len(found) == 1 and all(found) for found in titles.values())
-    reading = f"{_counted(len(known), 'class', 'classes')} by {TABLE}"
-    reading += f": {_shown_classes(known)}" if single else f", {min(known)} to {max(known)}"
+    single_titles = {label: names.copy().pop() for label, names in sorted(titles.items())}
+    single = title is not None and all(len(names) == 1 and all(names) for names in titles.values())
+    reading = f"{_counted(len(single_titles), 'class', 'classes')} by {TABLE}"
+    reading += f": {_shown_classes(single_titles)}" if single else f", {min(single_titles)} to {max(single_titles)}"
     rest = len(listing.images) - len(labels)
     left_out = f"{TABLE} names {len(labels)} of {len(listing.images)} images; the other {rest} do not count"
     return Labelling(
@@ -158,8 +158,8 @@ def by_table(content: bytes, listing: Listing, *, root: str, where: str) -> Labe
 
 def by_array(labels: Sequence[int], *, where: str) -> str:
     """Return how labels that stand beside the images read; empty where there are none."""
-    known = sorted(set(labels))
-    return f"{_counted(len(known), 'class', 'classes')} by {where}, {known[0]} to {known[-1]}" if known else ""
+    classes = sorted(set(labels))
+    return f"{_counted(len(classes), 'class', 'classes')} by {where}, {classes[0]} to {classes[-1]}" if classes else ""
 
 
 def _doubt(listing: Listing, root: str, folders: Sequence[str], loose: Sequence[str]) -> str | None:
@@ -205,9 +205,9 @@ def _rows(content: bytes, where: str) -> tuple[list[tuple[int, dict[str, str]]],
     try:
         columns = list(reader.fieldnames or ())
         if not {"file", "label"} <= set(columns):
-            seen = printable(shown([repr(column) for column in columns]) if columns else "none")
+            actual = printable(shown([repr(column) for column in columns]) if columns else "none")
             raise DataError(
-                f"{where}: {TABLE} has the columns {seen}; expected 'file' and 'label', separated by commas."
+                f"{where}: {TABLE} has the columns {actual}; expected 'file' and 'label', separated by commas."
             )
         for row in reader:
             if row["file"] is None or row["label"] is None:
@@ -237,5 +237,5 @@ def _shown_classes(names: Mapping[int, str]) -> str:
     """Return ``0 = tench, 1 = goldfish, ... 11 = hen``."""
     labels = sorted(names)
     chosen = labels if len(labels) <= 4 else [*labels[:2], labels[-1]]
-    told = [f"{label} = {printable(names[label], most=40)}" for label in chosen]
-    return ", ".join(told) if len(labels) <= 4 else f"{', '.join(told[:-1])}, ... {told[-1]}"
+    lines = [f"{label} = {printable(names[label], most=40)}" for label in chosen]
+    return ", ".join(lines) if len(labels) <= 4 else f"{', '.join(lines[:-1])}, ... {lines[-1]}"

@@ -74,8 +74,8 @@ def _is_ours(folder: Path) -> bool:
     """Make the folder, or look at what is there: in a folder that all may write to, it may be somebody else's."""
     with writing(folder.parent), contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
     if not ours:
         _log.warning("%s is not a folder of this user's alone; inputs are downloaded by every task.", folder)
     return ours

@@ -44,8 +44,8 @@ def trust(entry: str, factory: Factory, *, digest: str | None = None) -> None:
         ModelError: it was built by other code before; what was made of that could not be told apart.
     """
     with _lock:
-        known = _factories.get(entry)
-        if known is not None and digest is not None and known[1] not in (None, digest):
+        entered = _factories.get(entry)
+        if entered is not None and digest is not None and entered[1] not in (None, digest):
             raise ModelError(f"{entry} was built by other code in this process before; start a new process.")
         _factories[entry] = (factory, digest)
 
@@ -57,14 +57,14 @@ def build(entry: str, arguments: dict[str, Any]) -> nn.Module:
         ModelError: nobody in this process said that it is to be trusted, or it returns no network. What the function
             itself raises passes.
     """
-    known = _factories.get(entry)
-    if known is None:
+    registered = _factories.get(entry)
+    if registered is None:
         raise ModelError(
             f"{entry} is an architecture of its publisher's own: its code does not come with the version, and is not "
             f"run because a manifest names it. Say where it is: --factory {entry}, with --code FILE where it is not "
             "installed (in Python: load(..., network=...))."
         )
-    network = known[0](**arguments)
+    network = registered[0](**arguments)
     if not isinstance(network, nn.Module):
         raise ModelError(f"{entry} returned a {type(network).__name__}; expected a torch.nn.Module.")
     return network
@@ -78,17 +78,17 @@ def use(code: Code) -> None:
         storage.StorageError: the store refused to give it.
     """
     with _lock:
-        known = _factories.get(code.entry)
-        if known is not None and known[1] == code.digest:
+        registered = _factories.get(code.entry)
+        if registered is not None and registered[1] == code.digest:
             return
         if code.key is not None:
             _importable(code)
         trust(code.entry, load_factory(code.entry), digest=code.digest)
-        if code.key is None and (seen := installed_digest(code.entry)) != code.digest:
+        if code.key is None and (installed := installed_digest(code.entry)) != code.digest:
             del _factories[code.entry]
             raise ModelError(
-                f"{code.entry}: this machine has other code than the one that submitted the job ({seen[:19]}, expected "
-                f"{code.digest[:19]}); install the same release on all, or let it travel (model.code)."
+                f"{code.entry}: this machine has other code than the one that submitted the job ({installed[:19]}, "
+                f"expected {code.digest[:19]}); install the same release on all, or let it travel (model.code)."
             )
 
 
@@ -113,8 +113,8 @@ def load_factory(entry: str) -> Factory:
     if not callable(factory):
         names = [one for one in vars(module) if callable(getattr(module, one)) and not one.startswith("_")]
         raise ModelError(f"model.factory {entry}: {module_name} has no function {name!r}.{nearest(name, names)}")
-    found: Factory = factory
-    return found
+    result: Factory = factory
+    return result
 
 
 def installed_digest(entry: str) -> Digest:
@@ -185,13 +185,13 @@ def _importable(code: Code) -> None:
     if not path.is_file() or digest_bytes(path.read_bytes()) != code.digest:
         pieces = [Path(code.key).read_bytes()] if code.store is None else open_store(code.store).stream(code.key)
         write_pieces(pieces, path)
-    if (seen := digest_bytes(path.read_bytes())) != code.digest:
-        raise ModelError(f"{code.entry}: its code is {seen[:19]}, expected {code.digest[:19]}; submit the job again.")
+    if (digest := digest_bytes(path.read_bytes())) != code.digest:
+        raise ModelError(f"{code.entry}: its code is {digest[:19]}, expected {code.digest[:19]}; submit the job again.")
     top = code.entry.partition(":")[0].partition(".")[0]
-    known = sys.modules.get(top)
-    if known is not None and not str(getattr(known, "__file__", "")).startswith(str(path)):
+    module = sys.modules.get(top)
+    if module is not None and not str(getattr(module, "__file__", "")).startswith(str(path)):
         raise ModelError(
-            f"model.code: a module named {top!r} is loaded here already ({getattr(known, '__file__', 'built in')}); "
+            f"model.code: a module named {top!r} is loaded here already ({getattr(module, '__file__', 'built in')}); "
             "give yours another name."
         )
     if str(path) not in sys.path:

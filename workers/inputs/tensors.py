@@ -75,10 +75,10 @@ class _File:
     def __init__(self, source: TensorSource) -> None:
         self.path, self.source = Path(source.key), source
         with reading(str(source)):
-            seen = self.path.stat()
-        if not stat.S_ISREG(seen.st_mode):
+            status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{source} is no file; expected a checkpoint (.safetensors, .pth or .pt).")
-        self.version, self.size_bytes = file_version(seen), seen.st_size
+        self.version, self.size_bytes = file_version(status), status.st_size
         if source.version not in (None, self.version):
             raise self.changed()
 
@@ -145,11 +145,11 @@ class _Merged:
             return self.ranges.read(start, length)
         if extent.data is None:
             extent.data = self.ranges.read(extent.first, extent.last - extent.first)
-        found = extent.data[start - extent.first : start - extent.first + length]
+        data = extent.data[start - extent.first : start - extent.first + length]
         extent.waiting -= 1
         if not extent.waiting:
             extent.data = None
-        return found
+        return data
 
 
 class TensorReader:
@@ -293,7 +293,7 @@ class TensorReader:
         whole tensor: neighbours in the file come with one request, and are held until each was read once.
         """
         reader = copy.copy(self)
-        reader._ranges = _Merged(self._ranges, (self._span(*read) for read in reads))
+        reader._ranges = _Merged(self._ranges, (self._span(*span) for span in reads))
         return reader
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:

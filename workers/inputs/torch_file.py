@@ -121,12 +121,12 @@ def file_kind(path: Path, name: str) -> FileKind:
     Raises:
         CheckpointError: it is no checkpoint that can be read; the message says what it is, where that shows.
     """
-    seen = path.stat()
-    if stat.S_ISDIR(seen.st_mode):
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         inside = sorted(one.name for one in path.iterdir() if one.suffix in _SUFFIXES)
         offer = f", such as {name.rstrip('/')}/{inside[0]}" if inside else ""
         raise CheckpointError(f"{name} is a folder; name the file with the weights{offer}.")
-    if not stat.S_ISREG(seen.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{name} is no regular file (a pipe, a socket or a device); {EXPECTED}.")
     with path.open("rb") as stream:
         head = stream.read(512)
@@ -138,9 +138,9 @@ def file_kind(path: Path, name: str) -> FileKind:
         return "torch legacy"
     if head[8:9] == b"{":
         return "safetensors"
-    for offset, magic, told in _OTHERS:
+    for offset, magic, title in _OTHERS:
         if head[offset:].startswith(magic):
-            raise CheckpointError(f"{name} {told}.")
+            raise CheckpointError(f"{name} {title}.")
     if head[:1] == b"\x80":
         raise CheckpointError(f"{name} is a pickle that torch.save did not write; {_ADVICE}.")
     raise CheckpointError(f"{name} is no checkpoint; {EXPECTED}.")
@@ -158,8 +158,8 @@ def _zip_kind(path: Path, name: str) -> FileKind:
     if "constants.pkl" in inner:
         raise CheckpointError(f"{name} is a TorchScript archive, code and all; save model.state_dict() instead.")
     if "data.pkl" not in inner:
-        held = f"it holds {shown(names, most=3)}" if names else "it is empty"
-        raise CheckpointError(f"{name} is a zip archive without torch's data.pkl ({held}); {EXPECTED}.")
+        contents = f"it holds {shown(names, most=3)}" if names else "it is empty"
+        raise CheckpointError(f"{name} is a zip archive without torch's data.pkl ({contents}); {EXPECTED}.")
     return "torch zip"
 
 
@@ -194,8 +194,8 @@ def _stand_in(name: str) -> type | None:
 
 def _refusal(name: str, strange: list[str]) -> str:
     if any(one.startswith((_MODULES, "timm.", "torchvision.", "pytorchcv.", "__main__.")) for one in strange):
-        held = shown(strange, most=3)
-        return f"{name} holds a whole pickled model ({held}), which cannot be read without its code: {_ADVICE}."
+        contents = shown(strange, most=3)
+        return f"{name} holds a whole pickled model ({contents}), which cannot be read without its code: {_ADVICE}."
     return f"{name} names {shown(strange, most=3)}, which is not read, as a pickle can run code that way: {_ADVICE}."
 
 
@@ -220,7 +220,7 @@ def _named(path: Path, name: str, kind: FileKind) -> set[str]:
 
 
 def _globals(stream: BinaryIO, name: str) -> set[str]:
-    found: set[str] = set()
+    names: set[str] = set()
     for operation, argument, _ in pickletools.genops(stream):
         if operation.name == "PROTO" and argument != 2:
             raise CheckpointError(
@@ -229,5 +229,5 @@ def _globals(stream: BinaryIO, name: str) -> set[str]:
         if operation.name == "GLOBAL":
             module, _, attribute = str(argument).partition(" ")
             module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
-            found.add(f"{module}.{attribute}")
-    return found
+            names.add(f"{module}.{attribute}")
+    return names

@@ -98,7 +98,7 @@ class _Candidate(Generic[T]):
     path: tuple[str, ...]
     prefix: str
     averaged: bool
-    known: bool
+    in_table: bool
     state: Mapping[str, T]
     beside: tuple[str, ...]
     extras: tuple[str, ...]
@@ -111,13 +111,13 @@ class _Candidate(Generic[T]):
 
 
 def unwrap(
-    document: Any, wanted: Collection[str], leaf: type[T], *, name: str, choice: Choice | None = None
+    document: Any, keys: Collection[str], leaf: type[T], *, name: str, choice: Choice | None = None
 ) -> Unwrapped[T]:
     """Find a network's weights in what a tool saved.
 
     Args:
         document: what the file holds: dicts in dicts, tensors at their ends.
-        wanted: the names in the network's state dict.
+        keys: the names in the network's state dict.
         leaf: the type of a tensor.
         name: what the user calls the file.
         choice: averaged weights or the model's own, where the file has both; by default the averaged, as timm does.
@@ -125,20 +125,20 @@ def unwrap(
     Raises:
         CheckpointError: there is no state dict in it, or not the one that was asked for, or several that fit.
     """
-    candidates = list(_candidates(document, frozenset(wanted), leaf))
+    candidates = list(_candidates(document, frozenset(keys), leaf))
     if not candidates:
         raise CheckpointError(_nothing(document, name))
     fitting = [one for one in candidates if not one.missing]
     if not fitting:  # the nearest, for whoever says what it lacks
-        return _result(min(candidates, key=lambda one: one.missing), (), wanted, name)
+        return _result(min(candidates, key=lambda one: one.missing), (), keys, name)
     pool = _chosen(fitting, choice, name)
-    if not pool[0].known and len(pool) > 1:
+    if not pool[0].in_table and len(pool) > 1:
         raise CheckpointError(
             f"{name} holds the network {len(pool)} times ({', '.join(one.place for one in pool)}); "
             "save the one that is meant alone."
         )
     others = [one for one in fitting if one.averaged != pool[0].averaged]
-    return _result(pool[0], tuple(others), wanted, name)
+    return _result(pool[0], tuple(others), keys, name)
 
 
 def _chosen(fitting: list[_Candidate[T]], choice: Choice | None, name: str) -> list[_Candidate[T]]:
@@ -149,29 +149,29 @@ def _chosen(fitting: list[_Candidate[T]], choice: Choice | None, name: str) -> l
         places = shown([one.place for one in fitting], most=3)
         raise CheckpointError(f"{name}: model.weights is {choice!r}, but it holds {there} alone, in {places}.")
     pool = by_kind[choice == "ema"] if choice is not None else by_kind[True] or by_kind[False]
-    return [one for one in pool if one.known] or pool
+    return [one for one in pool if one.in_table] or pool
 
 
 def _result(
-    taken: _Candidate[T], others: tuple[_Candidate[T], ...], wanted: Collection[str], name: str
+    candidate: _Candidate[T], others: tuple[_Candidate[T], ...], keys: Collection[str], name: str
 ) -> Unwrapped[T]:
-    names = frozenset(wanted)
-    dropped = [key for key in taken.state if key not in names and key.rpartition(".")[2] in EXTRAS]
-    state = {key: value for key, value in taken.state.items() if key not in dropped}
-    left = sorted({EXTRAS[key.rpartition(".")[2]] for key in (*dropped, *taken.extras)})
-    if taken.beside:
-        left.append(f"{len(taken.beside)} names without that prefix ({shown(taken.beside, most=3)})")
+    names = frozenset(keys)
+    dropped = [key for key in candidate.state if key not in names and key.rpartition(".")[2] in EXTRAS]
+    state = {key: value for key, value in candidate.state.items() if key not in dropped}
+    leftovers = sorted({EXTRAS[key.rpartition(".")[2]] for key in (*dropped, *candidate.extras)})
+    if candidate.beside:
+        leftovers.append(f"{len(candidate.beside)} names without that prefix ({shown(candidate.beside, most=3)})")
     notes = []
     if others:
-        what, other = ("averaged weights", "model") if taken.averaged else ("weights that are not averaged", "ema")
+        what, other = ("averaged weights", "model") if candidate.averaged else ("weights that are not averaged", "ema")
         notes.append(
-            f"{name}: took the {what} in {taken.place}; 'model.weights: {other}' takes those in {others[0].place}."
+            f"{name}: took the {what} in {candidate.place}; 'model.weights: {other}' takes those in {others[0].place}."
         )
-    elif taken.path or taken.prefix:
-        notes.append(f"{name}: the weights are in {taken.place}.")
-    if left:
-        notes.append(f"{name}: left out {', '.join(left)}.")
-    return Unwrapped(state, tuple(notes), plain=not (taken.path or taken.prefix or dropped))
+    elif candidate.path or candidate.prefix:
+        notes.append(f"{name}: the weights are in {candidate.place}.")
+    if leftovers:
+        notes.append(f"{name}: left out {', '.join(leftovers)}.")
+    return Unwrapped(state, tuple(notes), plain=not (candidate.path or candidate.prefix or dropped))
 
 
 def _nothing(document: Any, name: str) -> str:
@@ -181,35 +181,35 @@ def _nothing(document: Any, name: str) -> str:
     return f"{name} holds a {type(document).__name__}; expected a state dict, tensors by name."
 
 
-def _candidates(document: Any, wanted: frozenset[str], leaf: type[T]) -> Iterator[_Candidate[T]]:
-    for path, averaged, known, state in _states(document, leaf, (), set(), averaged=False, known=True):
-        extras = {key for key in state if key not in wanted and key.rpartition(".")[2] in EXTRAS}
+def _candidates(document: Any, keys: frozenset[str], leaf: type[T]) -> Iterator[_Candidate[T]]:
+    for path, averaged, in_table, state in _states(document, leaf, (), set(), averaged=False, in_table=True):
+        extras = {key for key in state if key not in keys and key.rpartition(".")[2] in EXTRAS}
         marked = any(key.rpartition(".")[2] == _AVERAGED_MARK for key in extras)
-        for prefix, by_prefix, tabled in _prefixes(state, wanted):
+        for prefix, by_prefix, tabled in _prefixes(state, keys):
             inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             outside = [key for key in state if not key.startswith(prefix)]
             yield _Candidate(
                 path,
                 prefix,
                 averaged or by_prefix or marked,
-                known and tabled,
+                in_table and tabled,
                 inner,
                 beside=tuple(key for key in outside if key not in extras),
                 extras=tuple(key for key in outside if key in extras),
-                missing=sum(key not in inner for key in wanted if not key.endswith("num_batches_tracked")),
+                missing=sum(key not in inner for key in keys if not key.endswith("num_batches_tracked")),
             )
 
 
 def _states(
-    document: Any, leaf: type[T], path: tuple[str, ...], seen: set[int], *, averaged: bool, known: bool
+    document: Any, leaf: type[T], path: tuple[str, ...], identities: set[int], *, averaged: bool, in_table: bool
 ) -> Iterator[tuple[tuple[str, ...], bool, bool, dict[str, T]]]:
     """Yield every dict that holds tensors by name, those that the table names first, in its order."""
-    if not isinstance(document, Mapping) or len(path) > _DEEPEST or id(document) in seen:
+    if not isinstance(document, Mapping) or len(path) > _DEEPEST or id(document) in identities:
         return
-    seen.add(id(document))
+    identities.add(id(document))
     state = {key: value for key, value in document.items() if isinstance(key, str) and isinstance(value, leaf)}
     if state:
-        yield path, averaged, known, state
+        yield path, averaged, in_table, state
     places = {place.text: place for place in CONTAINERS}
     strange = [key for key in document if isinstance(key, str) and key not in places]
     for key in [*(text for text in places if text in document), *strange]:
@@ -218,23 +218,23 @@ def _states(
             document[key],
             leaf,
             (*path, key),
-            seen,
+            identities,
             averaged=averaged or (place is not None and (place.averaged or place.averaged_beside in document)),
-            known=known and place is not None,
+            in_table=in_table and place is not None,
         )
 
 
-def _prefixes(state: Mapping[str, T], wanted: frozenset[str]) -> Iterator[tuple[str, bool, bool]]:
+def _prefixes(state: Mapping[str, T], keys: frozenset[str]) -> Iterator[tuple[str, bool, bool]]:
     """Yield the prefixes to look through: (prefix, averaged, whether the table names all of it), none at all first."""
     yield "", False, True
-    found: dict[str, bool] = {}
+    prefixes: dict[str, bool] = {}
     for key in state:
         prefix, averaged = "", False
         while place := next((one for one in PREFIXES if key.startswith(one.text, len(prefix))), None):
             prefix, averaged = prefix + place.text, averaged or place.averaged
-            found.setdefault(prefix, averaged)
-    yield from ((prefix, averaged, True) for prefix, averaged in found.items())
+            prefixes.setdefault(prefix, averaged)
+    yield from ((prefix, averaged, True) for prefix, averaged in prefixes.items())
     # Any other prefix under which the network's longest name stands.
-    longest = max(wanted, key=len, default="")
-    strange = {key[: -len(longest)] for key in state if longest and key.endswith(f".{longest}")} - set(found)
+    longest = max(keys, key=len, default="")
+    strange = {key[: -len(longest)] for key in state if longest and key.endswith(f".{longest}")} - set(prefixes)
     yield from ((prefix, False, False) for prefix in sorted(strange))

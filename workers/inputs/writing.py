@@ -27,11 +27,11 @@ def writing(folder: Path) -> Iterator[None]:
     except (WorkError, StorageError):
         raise
     except Exception as error:
-        told = _NUMBER.search(one_line(error))
+        number = _NUMBER.search(one_line(error))
         if isinstance(error, OSError):
             raise ScratchError.of(folder, error) from error
-        if told is not None:
-            raise ScratchError.of(folder, OSError(int(told[1]), one_line(error))) from error
+        if number is not None:
+            raise ScratchError.of(folder, OSError(int(number[1]), one_line(error))) from error
         raise ScratchError(f"The temporary folder {folder}: {one_line(error)}.") from error
 
 

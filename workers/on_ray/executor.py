@@ -151,27 +151,27 @@ class RayExecutor:
         """
         bundle = {"CPU": self.settings.cpus_per_task, "memory": need.memory_bytes}
         give_up = time.monotonic() + self.settings.node_timeout_s
-        asked = False
+        growing = False
         try:
             while not any(_holds(node, bundle) for node in _nodes()):
                 if time.monotonic() >= give_up:
                     raise DoesNotFit(need, cpus=self.settings.cpus_per_task, largest=_largest(_nodes()))
                 if self._stopped.wait(_POLL_S):
                     raise Stopped
-                if not asked:
+                if not growing:
                     from ray.autoscaler.sdk import request_resources
 
                     request_resources(bundles=[bundle])
-                    asked = True
+                    growing = True
         finally:
-            if asked:
+            if growing:
                 request_resources(bundles=[])
 
     def places(self, memory_bytes: int) -> int:
         """Return how many tasks that need so much memory the cluster can run at once, were it free."""
         bundle = {"CPU": self.settings.cpus_per_task, "memory": float(memory_bytes)}
-        wanted = {name: amount for name, amount in bundle.items() if amount}
-        return sum(int(min(node.get(name, 0.0) // amount for name, amount in wanted.items())) for node in _nodes())
+        resources = {name: amount for name, amount in bundle.items() if amount}
+        return sum(int(min(node.get(name, 0.0) // amount for name, amount in resources.items())) for node in _nodes())
 
     @contextlib.contextmanager
     def gang(self, member: Callable[[A], Any], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[Gang]:
@@ -187,8 +187,8 @@ class RayExecutor:
             threads = max(1, int(self.settings.cpus_per_task))
             for index, item in enumerate(items):
                 place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-                made = ray.remote(Seat).options(**options, scheduling_strategy=place)
-                actors.append(made.remote(member, item, threads))
+                seats = ray.remote(Seat).options(**options, scheduling_strategy=place)
+                actors.append(seats.remote(member, item, threads))
             yield RayGang(actors, self._await)
         finally:
             for actor in actors:
@@ -201,23 +201,23 @@ class RayExecutor:
         Raises `Stopped` where the work is cancelled, the first failure where one fails. With ``places``, wait for as
         long as the cluster could still give so many at once; else for a task's time-out.
         """
-        found: dict[Any, Any] = {}
+        results: dict[Any, Any] = {}
         waiting, since = list(references), time.monotonic()
         timeout_s = self.settings.task_timeout_s
         while waiting:
             if self._stopped.is_set():
                 raise Stopped
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
-            found |= {reference: _result(reference, references.index(reference)) for reference in ready}
+            results |= {reference: _result(reference, references.index(reference)) for reference in ready}
             waited_s = time.monotonic() - since
             if places and self.places(memory_bytes) >= places:
                 since = time.monotonic()
             elif places and waited_s > max(self.settings.node_timeout_s, _NO_NODE_S):
-                wanted = f"{places} workers with {memory_bytes / 1e9:.1f} GB each are wanted at once"
-                raise WorkerLost(f"{wanted}; {_largest(_nodes())}.")
+                request = f"{places} workers with {memory_bytes / 1e9:.1f} GB each are wanted at once"
+                raise WorkerLost(f"{request}; {_largest(_nodes())}.")
             elif not places and timeout_s and waited_s > timeout_s:
                 raise WorkError(f"A step took more than cluster.task_timeout_s, {timeout_s:g} s.")
-        return [found[reference] for reference in references]
+        return [results[reference] for reference in references]
 
     def map(self, function: Callable[[A], R], items: Sequence[A], *, memory_bytes: int = 0) -> Iterator[tuple[int, R]]:
         """Yield ``(index, result)`` in the order of completion.

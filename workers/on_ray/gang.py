@@ -45,5 +45,5 @@ class RayGang:
 
     def reduce(self, method: str, *args: Any, over: str, calls: Sequence[tuple[int, tuple[Any, ...]]]) -> Any:
         """Call ``method`` of the first member over what ``over`` of members returns."""
-        parts = [self._actors[index].call.remote(over, *given) for index, given in calls]
+        parts = [self._actors[index].call.remote(over, *arguments) for index, arguments in calls]
         return self._wait([self._actors[0].reduce.remote(method, args, *parts)])[0]

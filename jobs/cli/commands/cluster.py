@@ -80,8 +80,8 @@ def submit(
     if as_json:
         print_json({"job": record.request, "attempt": attempt.number, "submission": attempt.submission_id, "new": new})
         return
-    told = "submitted" if new else "was submitted already"
-    typer.echo(f"{record.request} {told}, attempt {attempt.number}")
+    outcome = "submitted" if new else "was submitted already"
+    typer.echo(f"{record.request} {outcome}, attempt {attempt.number}")
     typer.echo(f"nestquant jobs logs {record.request.removeprefix('sha256:')[:12]} -f --store '{record.store.uri}'")
 
 
@@ -131,9 +131,9 @@ def logs(
         raise ClusterError(
             f"{record.request} was never submitted, so there is no log; 'nestquant jobs retry' starts it."
         )
-    kept = record.log(attempt.number)
-    if kept is not None:
-        typer.echo(kept, nl=False)
+    log = record.log(attempt.number)
+    if log is not None:
+        typer.echo(log, nl=False)
         return
     cluster = Cluster(address or attempt.address)
     if not follow:
@@ -201,8 +201,8 @@ def result(job: Job, *, store: Store, as_json: Json = False) -> None:
 
     state = job_state(_record(store, job))
     if state.end is None or state.end.result is None:
-        told = f": {state.message.rstrip('.')}" if state.message else ""
-        raise WorkError(f"No result: the job is {state.status}{told}.")
+        reason = f": {state.message.rstrip('.')}" if state.message else ""
+        raise WorkError(f"No result: the job is {state.status}{reason}.")
     if as_json:
         print_json(state.end.result.model_dump(mode="json"))
     else:
@@ -226,14 +226,14 @@ def _cluster(address: str | None) -> Cluster | None:
 def _wait(record: JobRecord, address: str | None, *, as_json: bool, pending_timeout_s: float = 600) -> None:
     from jobs.cluster import submit as service
 
-    seen: list[str] = []
+    stages: list[str] = []
 
     def tell(state: JobState) -> None:
         stage = f" {state.progress.stage}" if state.progress else ""
         line = f"{state.status}{stage}"
-        if not as_json and (not seen or seen[-1] != line):
+        if not as_json and (not stages or stages[-1] != line):
             typer.echo(line, err=True)
-            seen.append(line)
+            stages.append(line)
 
     state = service.wait(record, _cluster(address), pending_timeout_s=pending_timeout_s, on_state=tell)
     _print_state(record, state, as_json=as_json)

@@ -238,19 +238,19 @@ def _named_in(bundle: Path | None, cache: Path, model: str | None) -> tuple[str,
         if model is None:
             raise typer.BadParameter("Missing argument 'NAME[@REF]'.")
         return split_ref(model)
-    held = BundleSource(bundle).contents()
-    name, at, ref = (model or held.name).partition("@")
-    if name != held.name:
-        raise typer.BadParameter(f"{bundle} holds {held.name}, not {name}.")
+    contents = BundleSource(bundle).contents()
+    name, at, ref = (model or contents.name).partition("@")
+    if name != contents.name:
+        raise typer.BadParameter(f"{bundle} holds {contents.name}, not {name}.")
     if at:
         return name, ref or "latest"
     current = Device(cache).status(name).state.current
-    if current is not None and current.version > held.version:
+    if current is not None and current.version > contents.version:
         raise Untrusted(
-            f"{bundle} holds {name} version {held.version}, and version {current.version} is here; "
-            f"write {name}@{held.version} if going back is meant"
+            f"{bundle} holds {name} version {contents.version}, and version {current.version} is here; "
+            f"write {name}@{contents.version} if going back is meant"
         )
-    return name, str(held.version)
+    return name, str(contents.version)
 
 
 def _root_of_trust(path: Path | None) -> bytes | None:

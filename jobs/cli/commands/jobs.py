@@ -84,10 +84,10 @@ def quantize(
 
 def _mixed(**targets: float | None) -> dict[str, Any]:
     """Return the target of ``quantize.mixed`` that the command line gives, in the place of the spec's own."""
-    given = [name for name, value in targets.items() if value is not None]
-    if not given:
+    names = [name for name, value in targets.items() if value is not None]
+    if not names:
         return {}
-    if len(given) > 1:
+    if len(names) > 1:
         raise typer.BadParameter("give one of --mean-bits, --target-bytes and --max-drop.")
     return {f"quantize.mixed.{name}": value for name, value in targets.items()}
 

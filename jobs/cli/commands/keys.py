@@ -121,8 +121,8 @@ def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None)
     from storage.stores.uri import open_store
 
     store = open_store(uri)
-    known = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
-    full = known[0] if len(known) == 1 else keyid
+    matches = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
+    full = matches[0] if len(matches) == 1 else keyid
     new = None if replacement is None else load_public_key(replacement)
     revoke_key(store, full, load_keys(root_key), replacement=new)
     instead = "" if new is None else f"; {new.keyid[:12]} signs in its place"

@@ -67,8 +67,10 @@ def tag(
     if as_json:
         print_json(entry.model_dump(mode="json") | {"edition": edition})
         return
-    told = f", signed in edition {edition}" if edition else ", unsigned" if not signed else ", the signed tag stays"
-    typer.echo(f"{model_name}: tag {name!r} names version {entry.version} by its entry {entry.number}{told}.")
+    signature = (
+        f", signed in edition {edition}" if edition else ", unsigned" if not signed else ", the signed tag stays"
+    )
+    typer.echo(f"{model_name}: tag {name!r} names version {entry.version} by its entry {entry.number}{signature}.")
 
 
 def _print_history(entries: list[tuple[TagEntry, float]], *, as_json: bool) -> None:
