@@ -26,7 +26,7 @@ from nestquant.config import NestConfig, signed_range
 from nestquant.error_feedback import damped, error_feedback_round
 from nestquant.moments import Moments
 from nestquant.nesting import to_full_grid
-from nestquant.quantize import QuantizedWeight
+from nestquant.quantized_weight import QuantizedWeight
 
 RIDGE = 0.01
 """Pull of the target towards the float weights, times the mean variance of the inputs (``docs/accuracy.md``)."""

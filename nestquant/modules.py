@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nestquant.affine import QParams
 from nestquant.nested_weight import NestedWeight, Packed, Residency, pack_parts
 from nestquant.observers import ActivationQParams, fake_quantize
-from nestquant.quantize import QuantizedWeight
+from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import kind_of, replace
 
 

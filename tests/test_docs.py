@@ -47,6 +47,22 @@ def test_the_tutorial_works_block_by_block(
     assert "first version 1 runs part-bit" in capsys.readouterr().out
 
 
+def test_the_page_on_models_in_memory_works_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "python_page"}
+    ran = 0
+    for language, _, text in blocks(ROOT / "docs" / "python.md"):
+        if language == "python":
+            exec(compile(text, "python.md", "exec"), names)
+            ran += 1
+    assert ran == 5
+    assert 0 < names["full_bit"] < names["part_bit"] < 1
+    with names["torch"].inference_mode():
+        answers = [names[name](names["images"]) for name in ("nested", "loaded", "device")]
+    assert names["torch"].equal(answers[0], answers[1])
+    assert names["torch"].equal(answers[0], answers[2])
+
+
 def test_every_spec_in_the_pages_is_one() -> None:
     specs = [(page, text) for page in PAGES for language, _, text in blocks(page) if language == "yaml"]
     jobs = [(page, document) for page, text in specs if "model" in (document := yaml.safe_load(text))]

@@ -63,7 +63,7 @@ def observe(task: CalibrateTask) -> Observed:
     with (
         scratch("calibrate") as folder,
         threads(1),
-        _observed(network, task.layers) as histograms,
+        observed(network, task.layers) as histograms,
     ):
         if task.data is None:
             shape = (task.batch_size, *preprocessing.input_shape)
@@ -87,7 +87,8 @@ def observe(task: CalibrateTask) -> Observed:
 
 
 @contextmanager
-def _observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Histogram]]:
+def observed(network: nn.Module, layers: tuple[str, ...]) -> Iterator[dict[str, Histogram]]:
+    """Yield histograms by layer that fill with the layers' inputs whenever the network runs within the block."""
     histograms: dict[str, Histogram] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestquant.quantize import QuantizedWeight
+from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
 from workers.forward import check_input, run_network
 

@@ -18,7 +18,7 @@ import torch
 
 from nestquant.affine import QParams
 from nestquant.packing import pack, unpack
-from nestquant.quantize import QuantizedWeight
+from nestquant.quantized_weight import QuantizedWeight
 from storage.manifest import piece_key
 from storage.shard import Int8Array, IntegerTensor, Shard
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
 from storage.errors import StorageError
 from storage.manifest import MEDIA_TYPE_BASE
@@ -134,9 +134,7 @@ def _is_of(record: UnitRecord, unit: Unit) -> bool:
 
 
 def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job: str) -> _Done:
-    level_count = max(len(piece.bits) for piece in task.pieces)
-    integers: list[dict[str, IntegerTensor]] = [{} for _ in range(level_count)]
-    qparams: dict[str, np.ndarray] = {}
+    coded: list[tuple[PieceTask, QuantizedWeight]] = []
     records = []
     bytes_read = 0
     reader = reader.planned(_reads(piece) for piece in task.pieces)
@@ -149,12 +147,9 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
             )
         except ValueError as error:
             raise WorkError(f"Layer {piece.layer!r}, output channels {piece.start}:{piece.stop}: {error}") from error
-        code = PieceCode(piece.layer, piece.start, piece.stop)
-        for level in range(piece.config.level_count):
-            integers[level] |= code.integers(quantized, level)
-        qparams |= code.grid(quantized)
+        coded.append((piece, quantized))
         records.append(losses(piece, weight, quantized))
-    shards = [build_shard(integers[level], qparams if level == 0 else {}) for level in range(level_count)]
+    shards = encode_group(coded)
     descriptors = tuple(map(registry.put_shard, shards))
     record = GroupRecord(
         index=task.index, levels=descriptors, pieces=tuple(_with_bytes(piece, shards) for piece in records)
@@ -162,16 +157,29 @@ def _store_group(registry: Registry, reader: TensorReader, task: GroupTask, job:
     return _Done(record, bytes_read, sum(descriptor.size_bytes for descriptor in descriptors))
 
 
+def encode_group(pieces: Sequence[tuple[PieceTask, QuantizedWeight]]) -> list[EncodedShard]:
+    """Return the shards of a group, one for each level, from its pieces and what each was quantized to."""
+    level_count = max(len(piece.bits) for piece, _ in pieces)
+    integers: list[dict[str, IntegerTensor]] = [{} for _ in range(level_count)]
+    qparams: dict[str, np.ndarray] = {}
+    for piece, quantized in pieces:
+        code = PieceCode(piece.layer, piece.start, piece.stop)
+        for level in range(piece.config.level_count):
+            integers[level] |= code.integers(quantized, level)
+        qparams |= code.grid(quantized)
+    return [build_shard(integers[level], qparams if level == 0 else {}) for level in range(level_count)]
+
+
 def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Done:
     reader = reader.planned((name, None, None) for name in task.parameters)
     tensors = {name: reader.read(name) for name in task.parameters}
-    data = build_base({name: _as_numpy(tensor) for name, tensor in tensors.items()})
+    data = build_base({name: as_numpy(tensor) for name, tensor in tensors.items()})
     descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
     read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return _Done(BaseRecord(index=task.index, descriptor=descriptor), read, descriptor.size_bytes)
 
 
-def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Numpy knows no bfloat16; float32 holds every bfloat16 exactly."""
     return (tensor.to(torch.float32) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.moments import Moments, has_columns, input_columns
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -108,7 +108,7 @@ class Member:
         for name in probed.left:
             lanes.leave(name)
         for at in laned:
-            reason = _unreadable(network.get_submodule(task.layers[at].layer), task.layers[at])
+            reason = unreadable(network.get_submodule(task.layers[at].layer), task.layers[at])
             if reason is not None:
                 without[at] = reason
         return Begun(
@@ -205,7 +205,7 @@ class Member:
                 self._applied.add(at)
 
 
-def _unreadable(module: nn.Module, layer: PieceTask) -> str | None:
+def unreadable(module: nn.Module, layer: PieceTask) -> str | None:
     """Return why a layer's inputs do not tell how its weights are to be rounded, or None."""
     if not has_columns(module):
         return f"{type(module).__name__} reads its input in a way of its own"
@@ -214,13 +214,18 @@ def _unreadable(module: nn.Module, layer: PieceTask) -> str | None:
     return None
 
 
-def _merged(parts: Iterable[Arrays | None], level_count: int, own_levels: int) -> list[Moments]:
-    """Return the moments for each of the layer's levels, chunks added in order.
+def chosen_levels(level_count: int, own_levels: int) -> list[int]:
+    """Return at which of the network's levels each of a layer's own is solved.
 
     A layer with fewer levels than the network has its last one in all the network's further levels, and the last of
     those, full-bit, is what it is made for.
     """
-    chosen = [*range(own_levels - 1), level_count - 1]
+    return [*range(own_levels - 1), level_count - 1]
+
+
+def _merged(parts: Iterable[Arrays | None], level_count: int, own_levels: int) -> list[Moments]:
+    """Return the moments for each of the layer's levels, chunks added in order."""
+    chosen = chosen_levels(level_count, own_levels)
     totals: list[Moments] = []
     for part in parts:
         if part is None:

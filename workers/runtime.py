@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,15 +40,13 @@ _REGISTERED_MORE = 4
 class NestedModel:
     """A network and where its shards lie.
 
-    ``upgrade`` and ``downgrade`` page levels in and out, one shard decoded at a time. ``verify=False`` takes the files
-    as they are: for whoever has hashed them just now.
+    ``upgrade`` and ``downgrade`` page levels in and out, one shard decoded at a time.
     """
 
     network: nn.Module
     manifest: Manifest
-    blob_path: BlobPath
+    blobs: Blobs
     level: int = 0
-    verify: bool = True
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -77,11 +76,10 @@ class NestedModel:
             storage.StorageError: a shard is damaged, or is not one.
         """
         before = self.level
-        blobs = _Blobs(self.manifest, self.blob_path, verify=self.verify)
         try:
             for step in range(before + 1, (self.manifest.level_count() if level is None else level + 1)):
                 # All of the level first: what is taken below is in memory, and was checked.
-                ready = [(self._nested(record), packed) for record, packed in self._checked_level(blobs, step)]
+                ready = [(self._nested(record), packed) for record, packed in self._checked_level(step)]
                 for layer, part in ready:
                     layer.nested.accept(part)
                 self.level = step
@@ -117,8 +115,8 @@ class NestedModel:
                 activation_qparams(record.activation) if enabled and record.activation is not None else None
             )
 
-    def _checked_level(self, blobs: _Blobs, level: int) -> Iterator[tuple[LayerRecord, torch.Tensor]]:
-        for record, packed in _packed_level(self.manifest, blobs, level):
+    def _checked_level(self, level: int) -> Iterator[tuple[LayerRecord, torch.Tensor]]:
+        for record, packed in _packed_level(self.manifest, self.blobs, level):
             try:
                 yield record, self._nested(record).nested.check_next(packed)
             except ValueError as error:
@@ -143,8 +141,20 @@ def activation_qparams(record: ActivationRange) -> ActivationQParams:
     return ActivationQParams(low=record.low, high=record.high, bits=record.bits, signed=record.signed)
 
 
+class Blobs(Protocol):
+    """The blobs of one version, wherever they lie."""
+
+    def read(self, blob: Descriptor, /) -> bytes:
+        """Return a blob's bytes, whole and verified.
+
+        Raises:
+            ArtifactError, storage.StorageError: it is not there, or damaged; the message says which.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class _Blobs:
+class FileBlobs:
     """The files of one version, each read whole and, unless the caller has done it, hashed."""
 
     manifest: Manifest
@@ -194,10 +204,29 @@ def load(
             has the wrong length.
         storage.StorageError: a file is damaged, or is no shard.
     """
+    blobs = FileBlobs(manifest, blob_path, verify=verify)
+    return fill(outlined(manifest, network), manifest, blobs, level=level, residency=residency)
+
+
+def outlined(manifest: Manifest, network: nn.Module | None = None) -> nn.Module:
+    """Return the float network that a manifest names, or the one given where it is the same; its weights are anything.
+
+    Raises:
+        ArtifactError: the network is not that of the manifest, or nobody knows how to build it.
+    """
     _check_outline(manifest, network)
-    if network is None:
-        network = networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
-    blobs = _Blobs(manifest, blob_path, verify=verify)
+    if network is not None:
+        return network
+    return networks.build(manifest.model.library, manifest.model.arch, manifest.model.kwargs)
+
+
+def fill(
+    network: nn.Module, manifest: Manifest, blobs: Blobs, *, level: int = 0, residency: Residency = "packed"
+) -> NestedModel:
+    """Put a version into a float network of its architecture, in place, up to ``level``, and return it in eval mode.
+
+    Raises as ``load`` does.
+    """
     _load_base(network, manifest, blobs)
     grids: dict[str, Grid] = {}
     for record, packed in _packed_level(manifest, blobs, 0, grids):
@@ -216,7 +245,7 @@ def load(
                 f"{manifest.name} version {manifest.version}: layer {record.name!r}: {error}"
             ) from error
         replace(network, record.name, nested)
-    model = NestedModel(network.eval(), manifest, blob_path, verify=verify)
+    model = NestedModel(network.eval(), manifest, blobs)
     model.upgrade(level)
     return model
 
@@ -246,7 +275,7 @@ def _check_outline(manifest: Manifest, network: nn.Module | None) -> None:
             )
 
 
-def _load_base(network: nn.Module, manifest: Manifest, blobs: _Blobs) -> None:
+def _load_base(network: nn.Module, manifest: Manifest, blobs: Blobs) -> None:
     state: dict[str, torch.Tensor] = {}
     for descriptor in manifest.base:
         tensors = read_base(blobs.read(descriptor))
@@ -269,7 +298,7 @@ def _load_base(network: nn.Module, manifest: Manifest, blobs: _Blobs) -> None:
 
 
 def _packed_level(
-    manifest: Manifest, blobs: _Blobs, level: int, grids: dict[str, Grid] | None = None
+    manifest: Manifest, blobs: Blobs, level: int, grids: dict[str, Grid] | None = None
 ) -> Iterator[tuple[LayerRecord, UInt8Array]]:
     """Yield every layer that has this level with its packed integers; shards are opened one after the other, in
     order.
@@ -297,7 +326,7 @@ def _packed_level(
 class _ShardCursor:
     """Holds the one shard that is being read: layers stand in execution order, and so do their pieces."""
 
-    def __init__(self, manifest: Manifest, blobs: _Blobs, level: int) -> None:
+    def __init__(self, manifest: Manifest, blobs: Blobs, level: int) -> None:
         self.manifest, self.blobs, self.level = manifest, blobs, level
         self.group = -1
         self.shard: Shard | None = None

@@ -21,7 +21,7 @@ from nestquant.config import NestConfig
 from nestquant.engines.images import Preprocessing
 from nestquant.modules import from_float
 from nestquant.moments import Moments, has_columns, input_columns
-from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import replace
 from storage.manifest import Record
 from storage.registry import Registry

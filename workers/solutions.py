@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from nestquant.affine import QParams
-from nestquant.quantize import QuantizedWeight
+from nestquant.quantized_weight import QuantizedWeight
 from storage.manifest import Descriptor, Record
 from storage.registry import Registry
 from storage.stores.uri import open_store

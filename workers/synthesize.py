@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestquant.engines.images import Preprocessing
 from nestquant.norm_statistics import NormSums, NotFinite, put_statistics, take_statistics
@@ -84,23 +84,8 @@ def synthesize(task: SynthesizeTask) -> int:
         ModelError: the network does not run on the images.
     """
     preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
-    channels, height, width = preprocessing.input_shape
-    if channels not in (1, 3):
-        raise DataError(f"recipe 'data_free': {channels} channels; expected a network of 1 or 3.")
-    network = open_network(task.context.network)
-    # One thread: how a sum is split over threads changes its last bit.
-    with threads(1):
-        images = synthetic_images(
-            task.samples, max(height, width), mean=preprocessing.mean, std=preprocessing.std, seed=task.chunk
-        )
-        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
-        images = images[:, top : top + height, left : left + width].contiguous()
-        inputs, name = _normalised(images, preprocessing), task.context.network.title
-        with network_boundary(network, f"{name} cannot run on inputs of {extents(inputs)}"):
-            try:
-                found = take_statistics(network, inputs)
-            except NotFinite as error:
-                raise WorkError(f"{name}: {error}") from error
+    network, name = open_network(task.context.network), task.context.network.title
+    images, found = make_chunk(network, preprocessing, task.samples, task.chunk, name)
     tensors: dict[str, Any] = {"x": images.numpy()}
     for name, sums in found.items():
         tensors |= {
@@ -111,6 +96,32 @@ def synthesize(task: SynthesizeTask) -> int:
     ledger = Ledger(Registry(open_store(task.context.store_uri)), task.context.job)
     ledger.registry.store.put(_chunk_key(ledger, task.chunk), save_tensors(tensors, {}), mode="overwrite")
     return task.samples
+
+
+def make_chunk(
+    network: nn.Module, preprocessing: Preprocessing, samples: int, chunk: int, name: str
+) -> tuple[Tensor, dict[str, NormSums]]:
+    """Return a chunk's images, uint8 ``[N, H, W, C]``, and by BatchNorm layer the sums of its inputs.
+
+    ``chunk`` is the images' seed, ``name`` what messages call the network. Raises as ``synthesize`` does.
+    """
+    channels, height, width = preprocessing.input_shape
+    if channels not in (1, 3):
+        raise DataError(f"recipe 'data_free': {channels} channels; expected a network of 1 or 3.")
+    # One thread: how a sum is split over threads changes its last bit.
+    with threads(1):
+        images = synthetic_images(
+            samples, max(height, width), mean=preprocessing.mean, std=preprocessing.std, seed=chunk
+        )
+        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        images = images[:, top : top + height, left : left + width].contiguous()
+        inputs = normalised(images, preprocessing)
+        with network_boundary(network, f"{name} cannot run on inputs of {extents(inputs)}"):
+            try:
+                found = take_statistics(network, inputs)
+            except NotFinite as error:
+                raise WorkError(f"{name}: {error}") from error
+    return images, found
 
 
 def join(task: JoinTask) -> SyntheticRecord:
@@ -156,7 +167,7 @@ def _chunk_key(ledger: Ledger, chunk: int) -> str:
     return ledger.synthetic_key(f"chunk-{chunk:06d}.safetensors")
 
 
-def _normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Return float32 ``[N, C, H, W]``, as ``workers.inputs.images.to_input`` does for one image."""
     mean, std = (torch.tensor(values, dtype=torch.float32) for values in (preprocessing.mean, preprocessing.std))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

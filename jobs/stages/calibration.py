@@ -42,7 +42,7 @@ def _ranges(job: Job, activations: ActivationSpec, executor: Executor, clock: St
         raise DataError(f"calibration.data: none of the {len(skipped)} images could be read; the first: {skipped[0]}.")
     ranges = {
         name: read_range(name, parts, activations, last=name == names[-1])
-        for name in _quantized_inputs(names, activations, parts)
+        for name in quantized_inputs(names, activations, parts)
     }
     record = CalibrationRecord(
         source_digest=job.observation.digest,
@@ -76,9 +76,9 @@ def calibrate_tasks(job: Job, activations: ActivationSpec) -> list[CalibrateTask
     ]
 
 
-def _quantized_inputs(names: list[str], activations: ActivationSpec, parts: list[Observed]) -> list[str]:
-    """The first layer sees the image itself, which stays float unless the spec says otherwise; a layer that never ran
-    has no range.
+def quantized_inputs(names: list[str], activations: ActivationSpec, parts: list[Observed]) -> list[str]:
+    """Return the layers whose inputs are quantized: the first sees the image itself, which stays float unless the spec
+    says otherwise; one that never ran has no range.
     """
     chosen = names if activations.first_layer == "quantized" else names[1:]
     return [name for name in chosen if any(name in part.histograms for part in parts)]

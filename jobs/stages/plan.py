@@ -88,20 +88,46 @@ def make_plan(
     *,
     high_bits: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Plan a job.
+    """Plan a job; see ``plan_layers``."""
+    return plan_layers(
+        spec.quantize,
+        scan,
+        order,
+        state,
+        title=spec.model.arch,
+        shard_bytes=spec.store.shard_bytes,
+        task_weights=spec.cluster.task_weights,
+        high_bits=high_bits,
+    )
+
+
+def plan_layers(
+    recipe: QuantizeSpec,
+    scan: LayerScan,
+    order: Sequence[str],
+    state: Mapping[str, tuple[tuple[int, ...], int]],
+    *,
+    title: str,
+    shard_bytes: int,
+    task_weights: int,
+    high_bits: Mapping[str, int] | None = None,
+) -> Plan:
+    """Plan what a recipe makes of a network.
 
     Args:
-        spec: the job.
+        recipe: the recipe.
         scan: the network's quantizable layers, and what is not.
         order: layer names in execution order.
         state: every tensor of the state dict: its shape and its bytes.
+        title: what messages call the network.
+        shard_bytes: of packed integers in one shard, at most.
+        task_weights: weights in one task, about.
         high_bits: chosen for each layer (``jobs.stages.mixed``), in the place of the coarsest of ``quantize.bits``; the
             spec's own overrides win.
 
     Raises:
         PlanError: a pattern of the spec matches no layer, or nothing is left to quantize.
     """
-    recipe = spec.quantize
     _check_patterns(recipe, [site.name for site in scan.layers])
     kept = [FloatRecord(name=name, reason=reason) for name, reason in scan.kept_float]
     chosen: list[LayerPlan] = []
@@ -114,17 +140,17 @@ def make_plan(
             chosen.append(_settings(site, recipe, (high_bits or {}).get(site.name)))
     if not chosen:
         raise PlanError(
-            f"Nothing to quantize in {spec.model.arch}: "
+            f"Nothing to quantize in {title}: "
             f"{len(kept)} layers stay float ({shown([record.name for record in kept])})."
         )
     if recipe.recipe != "paper":
         chosen = [replace(layer, solution=index) for index, layer in enumerate(chosen)]
-    groups, pieces = _group(chosen, spec.store.shard_bytes)
+    groups, pieces = _group(chosen, shard_bytes)
     layers = tuple(_record(layer, pieces[layer.site.name]) for layer in chosen)
     quantized = {key for layer in chosen for key in layer.site.state_keys}
     sizes = {name: size for name, (_, size) in state.items() if name not in quantized}
-    base = _base_tasks(sizes, spec.store.shard_bytes)
-    tasks = _bundle([*groups, *base], spec.cluster.task_weights)
+    base = _base_tasks(sizes, shard_bytes)
+    tasks = _bundle([*groups, *base], task_weights)
     return Plan(layers, groups, base, tuple(kept), tasks, base_bytes=sum(sizes.values()))
 
 

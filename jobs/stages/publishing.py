@@ -22,7 +22,7 @@ from workers.executor import Executor
 from workers.tasks import BaseRecord, GroupRecord
 
 EXPORT_TOOLS = ("onnx", "onnxscript", "onnxruntime")
-_TOOLS = ("nestquant-service", "torch", "numpy", "zstandard", "safetensors", "timm", "pytorchcv")
+TOOLS = ("nestquant-service", "torch", "numpy", "zstandard", "safetensors", "timm", "pytorchcv")
 
 
 def publish(job: Job, executor: Executor, clock: StageClock) -> Job:
@@ -125,7 +125,7 @@ def draft_manifest(job: Job) -> Manifest:
         preprocessing=staged.preprocessing.to_record(),
         calibration=job.activations.record or job.reconstruction.record(job.observation.digest),
         sizes=sizes_of(groups, sum(record.descriptor.size_bytes for record in base), layers, float_bytes),
-        tool_versions=tool_versions((*_TOOLS, *EXPORT_TOOLS) if job.engines else _TOOLS),
+        tool_versions=tool_versions((*TOOLS, *EXPORT_TOOLS) if job.engines else TOOLS),
         job=job.digest,
         schema_version=2 if job.engines else 1,
         engines=job.engines,

@@ -12,7 +12,7 @@ from torch import nn
 from nestquant.config import NestConfig
 from nestquant.modules import nest_model, page_in, page_out, resident_bytes, set_residency
 from nestquant.nested_weight import pack_parts
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from nestquant.surgery import channel_first, find_layers
 
 REPEATS = 9

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestquant.affine import choose_qparams, to_grid
 from nestquant.config import NestConfig
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from nestquant.rounding import adaptive_round
 from nestquant.surgery import channel_first, find_layers
 

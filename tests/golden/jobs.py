@@ -20,7 +20,7 @@ import torch
 from jobs.driver import run_job
 from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from storage.digest import digest_bytes
 from storage.manifest import canonical_json
 from storage.registry import Registry

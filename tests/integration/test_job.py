@@ -185,7 +185,7 @@ def test_the_network_on_the_device_is_the_one_that_was_quantized(
 ) -> None:
     """Independent of runtime and shards: quantize every layer of the float network here and compare outputs."""
     from nestquant.config import NestConfig
-    from nestquant.quantize import quantize_weight
+    from nestquant.quantized_weight import quantize_weight
 
     manifest = device.manifest("tiny")
     model = runtime.load(manifest, device.blob_path)

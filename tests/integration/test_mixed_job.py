@@ -16,7 +16,7 @@ from jobs.result import JobResult
 from jobs.spec.file import parse_spec
 from nestquant.config import NestConfig
 from nestquant.engines.images import Preprocessing
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers import sensitivity

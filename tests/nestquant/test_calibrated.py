@@ -15,7 +15,7 @@ from nestquant.error_feedback import damped, error_feedback_round
 from nestquant.modules import from_float
 from nestquant.moments import POSITIONS, Moments, has_columns, input_columns
 from nestquant.nesting import recompose
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nestquant.config import NestConfig
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 
 
 def test_a_kernel_of_equal_errors_is_flipped_where_the_sum_asks_for_it() -> None:

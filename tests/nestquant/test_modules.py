@@ -31,7 +31,7 @@ from nestquant.modules import (
 from nestquant.nested_weight import _unpack_on_device, pack_parts
 from nestquant.observers import ActivationQParams, fake_quantize
 from nestquant.packing import pack, packed_size, unpack
-from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first, find_layers, from_channel_first
 
 BITS = (8, 6, 4)

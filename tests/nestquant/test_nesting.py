@@ -5,7 +5,7 @@ import torch
 
 from nestquant.config import NestConfig, Rounding, Scheme, signed_range
 from nestquant.nesting import decompose, recompose, to_full_grid
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from tests.nestquant.test_config import ALL_PAIRS
 
 

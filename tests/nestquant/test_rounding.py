@@ -140,7 +140,7 @@ def test_running_a_model_needs_no_numba() -> None:
     program = """
 import sys, json
 sys.modules["numba"] = None
-import nestquant.modules, nestquant.nesting, nestquant.quantize, torch
+import nestquant.modules, nestquant.nesting, nestquant.quantized_weight, torch
 try:
     nestquant.rounding.adaptive_round(torch.zeros(1, 1), qmin=-8, qmax=7)
 except ImportError as error:

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from nestquant._flip_kernels import kernel_pass
 from nestquant.config import NestConfig, signed_range
 from nestquant.nesting import decompose, recompose
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from nestquant.rounding import adaptive_round
 from tests.nestquant.rounding_reference import reference_round
 

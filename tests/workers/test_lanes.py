@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nestquant.config import NestConfig
 from nestquant.modules import nest_model, set_level
-from nestquant.quantize import QuantizedWeight, quantize_weight
+from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from workers.lanes import Lanes, Probed
 
 LAYERS = ("stem", "left", "right", "up", "head")

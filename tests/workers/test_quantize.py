@@ -15,7 +15,7 @@ from jobs.stages.job import Job
 from jobs.stages.preparation import prepare
 from nestquant.config import NestConfig
 from nestquant.packing import unpack
-from nestquant.quantize import quantize_weight
+from nestquant.quantized_weight import quantize_weight
 from storage.manifest import canonical_json, piece_key
 from storage.shard import read_shard
 from workers.errors import CheckpointError, WorkError

@@ -142,7 +142,7 @@ def test_an_upgrade_that_fails_leaves_the_level_that_ran(
     device: Device, expected: Answers, how: str, error: type[BaseException], before: int
 ) -> None:
     model = runtime.load(device.manifest("tiny"), device.blob_path, level=before)
-    model.blob_path = broken(device, how)
+    model.blobs = runtime.FileBlobs(model.manifest, broken(device, how), verify=True)
     with pytest.raises(error):
         model.upgrade()
     assert model.level == before
@@ -152,7 +152,7 @@ def test_an_upgrade_that_fails_leaves_the_level_that_ran(
         (device.root / blob_key(blob.digest)).unlink(missing_ok=True)
     device.pull("tiny")
     device.upgrade("tiny")
-    model.blob_path = device.blob_path
+    model.blobs = runtime.FileBlobs(model.manifest, device.blob_path, verify=True)
     model.upgrade()
     assert torch.equal(answers(model), expected[2])
 
