@@ -17,17 +17,17 @@ OWN_STORE = "nestquant"
 _MOST = 400
 
 
-def card(found: Resolved, measured: Measurements | None, *, address: str | None = None) -> str:
+def card(resolved: Resolved, measured: Measurements | None, *, address: str | None = None) -> str:
     """Return a version's model card.
 
     Args:
-        found: the version.
+        resolved: the version.
         measured: what its job measured; None where it left no report.
         address: where devices pull it from; None in a folder of `jobs.hub`, which holds float weights and the store.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    manifest, record = found.manifest, found.manifest.model
+    manifest, record = resolved.manifest, resolved.manifest.model
     data = ModelCardData(
         library_name=record.library,
         pipeline_tag="image-classification",
@@ -45,7 +45,7 @@ def card(found: Resolved, measured: Measurements | None, *, address: str | None 
         moved = sum(manifest.sizes.level_bytes[: level + 1]) + manifest.sizes.base_bytes
         top1 = " | ".join(_top1(measured, level, activations=activations) for activations in (False, True))
         rows.append(f"| {level_name(level, levels)} | {weights} | {moved:,} | {top1} |")
-    text = f"""# {manifest.name} version {found.version}
+    text = f"""# {manifest.name} version {resolved.version}
 
 {code(record.library)} {code(record.arch)}, {record.parameters:,} parameters, {manifest.sizes.weights:,} of them
 quantized by NestQuant: the low-bit model is nested in the high-bit one, so a device fetches the first, and
@@ -55,10 +55,10 @@ the rest later.
 
 *bytes to fetch*: nested shards and float parameters, as a device fetches them.{_floats_note(address)}
 
-* manifest: `{found.digest}`
+* manifest: `{resolved.digest}`
 * source weights: `{record.source_digest}`
 * recipe: {_json(manifest.recipe)}
-* stays float: {", ".join(code(kept.name) for kept in manifest.kept_float) or "nothing"}
+* stays float: {", ".join(code(float_layer.name) for float_layer in manifest.kept_float) or "nothing"}
 * preprocessing: {_json(manifest.preprocessing)}
 
 ## Run it
@@ -66,7 +66,7 @@ the rest later.
 {"Nested, from this folder as a store:" if address is None else "Nested, on a device:"}
 
 ```
-{pull_command(manifest.name, found.version, address)}
+{pull_command(manifest.name, resolved.version, address)}
 ```
 {_timm_snippet(manifest) if address is None else ""}"""
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))

@@ -40,18 +40,18 @@ def export_hf(store: BlobStore, name: str, ref: str, folder: Path) -> Manifest:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise HubFolderError(f"{folder} is there, and not empty; choose another folder.")
-    found = Registry(store).resolve(name, ref)
-    manifest = found.manifest
+    resolved = Registry(store).resolve(name, ref)
+    manifest = resolved.manifest
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         with scratch("export") as cache:
             device = Device(cache / "cache", StoreSource(store), unsigned=True)
-            device.pull(name, str(found.version), level=manifest.level_count() - 1)
+            device.pull(name, str(resolved.version), level=manifest.level_count() - 1)
             part.mkdir(parents=True)
             _write_levels(manifest, device, part)
-            _write_store(store, found, device, part / OWN_STORE)
-        text = card(found, read_measurements(Registry(store), name, found.version))
+            _write_store(store, resolved, device, part / OWN_STORE)
+        text = card(resolved, read_measurements(Registry(store), name, resolved.version))
         (part / "README.md").write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -87,12 +87,12 @@ def _write_levels(manifest: Manifest, device: Device, part: Path) -> None:
             (place / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _write_store(store: BlobStore, found: Resolved, device: Device, folder: Path) -> None:
+def _write_store(store: BlobStore, resolved: Resolved, device: Device, folder: Path) -> None:
     from storage.layout import blob_key
 
     target = LocalStore(folder)
-    for blob in found.manifest.descriptors():
+    for blob in resolved.manifest.descriptors():
         target.put_file(blob_key(blob.digest), device.blob_path(blob))
-    for key, raw in documents_of(store, found.manifest.name, found):
+    for key, raw in documents_of(store, resolved.manifest.name, resolved):
         target.put(key, raw, mode="create")
     shutil.rmtree(folder / ".tmp", ignore_errors=True)  # where a store in a folder writes before it renames

@@ -67,8 +67,8 @@ def measure_published(
         model = runtime.load(manifest, device.blob_path)
         measured = []
         listen(Event("started", "evaluate"))
-        for done, (level, quantized) in enumerate(modes):
-            listen(Event("progress", "evaluate", done=done, total=len(modes)))
+        for index, (level, quantized) in enumerate(modes):
+            listen(Event("progress", "evaluate", done=index, total=len(modes)))
             model.to_level(level)
             measured.append(
                 measure_mode(

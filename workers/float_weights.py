@@ -30,7 +30,7 @@ def float_network(model: NestedModel, input_shape: tuple[int, int, int]) -> nn.M
     record, where = model.manifest.model, f"{model.manifest.name} version {model.manifest.version}"
     network = networks.build(record.library, record.arch, record.kwargs)
     example = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
-    readers, wanted = _followed(model.network, example)
+    readers, answer = _followed(model.network, example)
     own = network.state_dict()
     state = {name: tensor.clone() for name, tensor in model.network.state_dict().items() if name in own}
     for layer, nested in model.layers():
@@ -48,8 +48,8 @@ def float_network(model: NestedModel, input_shape: tuple[int, int, int]) -> nn.M
     _, unexpected = network.load_state_dict(state, strict=False)
     if unexpected:
         raise ArtifactError(f"{where}: {len(unexpected)} parameters too many, {unexpected[0]!r} first.")
-    _, seen = _followed(network, example)
-    if not torch.allclose(seen, wanted, rtol=0, atol=_TOLERANCE * float(wanted.abs().max())):
+    _, float_answer = _followed(network, example)
+    if not torch.allclose(float_answer, answer, rtol=0, atol=_TOLERANCE * float(answer.abs().max())):
         raise ArtifactError(f"{where}: {record.arch} as floats answers differently; it cannot be told without nesting.")
     return network
 

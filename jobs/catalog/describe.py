@@ -21,17 +21,17 @@ _ENGINE = "PyTorch"
 
 def blobs_by_level(manifest: Manifest) -> list[dict[str, int]]:
     """Return what a device holds to run each level: digest -> bytes, each level's own and those below it."""
-    held = {blob.digest: blob.size_bytes for blob in manifest.base}
+    sizes = {blob.digest: blob.size_bytes for blob in manifest.base}
     levels = []
     for level in range(manifest.level_count()):
         shards = (shard for group in manifest.groups for shard in group.levels[level : level + 1])
-        held = held | {shard.digest: shard.size_bytes for shard in shards}
-        levels.append(held)
+        sizes = sizes | {shard.digest: shard.size_bytes for shard in shards}
+        levels.append(sizes)
     return levels
 
 
 def describe(
-    found: Resolved,
+    resolved: Resolved,
     measured: Measurements | None,
     *,
     tags: tuple[str, ...],
@@ -42,20 +42,20 @@ def describe(
     """Return what the catalogue says of a version.
 
     Args:
-        found: the version.
+        resolved: the version.
         measured: what its job measured.
         tags: names that point at it.
         signature: what is signed of it.
         before: number and blobs by level (`blobs_by_level`) of the version before it.
         problems: what could not be read of it.
     """
-    manifest, record = found.manifest, found.manifest.model
+    manifest, record = resolved.manifest, resolved.manifest.model
     layers = {layer.name: layer for layer in (measured.layers if measured else ())}
     return Version(
         name=manifest.name,
-        version=found.version,
-        digest=found.digest,
-        manifest_bytes=len(found.raw),
+        version=resolved.version,
+        digest=resolved.digest,
+        manifest_bytes=len(resolved.raw),
         tags=tags,
         library=word(record.library),
         arch=word(record.arch),
@@ -65,7 +65,7 @@ def describe(
         float_top1=measured.mode(None, activations=False) if measured else None,
         levels=_levels(manifest, measured),
         layers=tuple(_layer(layer, layers.get(layer.name)) for layer in manifest.layers),
-        kept_float=tuple((word(kept.name), text(kept.reason)) for kept in manifest.kept_float),
+        kept_float=tuple((word(float_layer.name), text(float_layer.reason)) for float_layer in manifest.kept_float),
         runs=_runs(measured),
         update=_update(manifest, before),
         signature=signature,
@@ -99,8 +99,8 @@ def _count(number: int) -> int:
 
 def _levels(manifest: Manifest, measured: Measurements | None) -> tuple[Level, ...]:
     count, levels, fetched = manifest.level_count(), [], 0
-    for index, held in enumerate(blobs_by_level(manifest)):
-        total = sum(held.values())
+    for index, sizes in enumerate(blobs_by_level(manifest)):
+        total = sum(sizes.values())
         widths = sorted({layer.bits[max(0, len(layer.bits) - 1 - index)] for layer in manifest.layers})
         levels.append(
             Level(
@@ -148,11 +148,11 @@ def _runs(measured: Measurements | None) -> tuple[Run, ...]:
 def _update(manifest: Manifest, before: tuple[int, list[dict[str, int]]] | None) -> Update | None:
     if before is None:
         return None
-    version, held = before
+    version, sizes = before
     return Update(
         version,
         tuple(
-            sum(size for digest, size in blobs.items() if digest not in held[min(level, len(held) - 1)])
+            sum(size for digest, size in blobs.items() if digest not in sizes[min(level, len(sizes) - 1)])
             for level, blobs in enumerate(blobs_by_level(manifest))
         ),
     )

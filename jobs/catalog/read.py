@@ -74,7 +74,7 @@ class ModelReader:
         before: tuple[int, list[dict[str, int]]] | None = None
         for number in numbers:
             try:
-                found = self._registry.resolve(name, number)
+                resolved = self._registry.resolve(name, number)
             except OUT_OF_REACH:
                 raise
             except VersionDeleted:
@@ -91,12 +91,17 @@ class ModelReader:
                 except InvalidReport as error:
                     problems.append(str(error))
             tags = tuple(sorted(tag for tag, version in model.tags.items() if version == number))
-            blobs = blobs_by_level(found.manifest)
+            blobs = blobs_by_level(resolved.manifest)
             version = describe(
-                found, measured, tags=tags, signature=self._signature(found), before=before, problems=tuple(problems)
+                resolved,
+                measured,
+                tags=tags,
+                signature=self._signature(resolved),
+                before=before,
+                problems=tuple(problems),
             )
             before = (number, blobs)
-            yield found, measured, version
+            yield resolved, measured, version
 
     def _numbers(self) -> tuple[list[int], set[int]]:
         """Return the numbers that are taken, ascending, and those with a report, as one LIST tells."""
@@ -132,14 +137,14 @@ class ModelReader:
             self._statement, self._signing_problem = None, str(error)
             model.problems.append(str(error))
 
-    def _signature(self, found: Resolved) -> Signature:
+    def _signature(self, resolved: Resolved) -> Signature:
         if self._signing_problem is not None:
             return Signature("broken", problem=self._signing_problem)
         statement = self._statement
         if statement is None:
             return Signature("unsigned")
-        if not statement.vouches_for(found.version, found.digest, len(found.raw)):
-            if layout.manifest_key(found.manifest.name, found.version) in statement.targets:
+        if not statement.vouches_for(resolved.version, resolved.digest, len(resolved.raw)):
+            if layout.manifest_key(resolved.manifest.name, resolved.version) in statement.targets:
                 return Signature("broken", problem="another manifest is signed under this number")
             return Signature("unsigned")
         return Signature(

@@ -145,10 +145,10 @@ def _write_model(site: _Site, name: str) -> Model:
     else:
         reader = ModelReader(site.store, name, site.trust)
         model = reader.model
-        for found, measured, version in reader.versions():
+        for resolved, measured, version in reader.versions():
             folder = f"models/{name}/{version.version}"
             _write_version(site, folder, version)
-            site.write(f"{folder}/{site.out.card_name}", card(found, measured, address=site.address).encode())
+            site.write(f"{folder}/{site.out.card_name}", card(resolved, measured, address=site.address).encode())
             model.rows.append(VersionRow.of(version))
         model.rows.reverse()
     front = model.front

@@ -41,23 +41,23 @@ def check_kind(document: Any, kind: Literal["job", "zoo"]) -> Any:
     return document
 
 
-def written_out(given: dict[str, Any]) -> dict[str, Any]:
+def written_out(section: dict[str, Any]) -> dict[str, Any]:
     """Return a section's keys with ``library`` and ``arch`` apart, where ``arch`` names both: ``timm/resnet18``."""
-    arch = given.get("arch")
-    if "library" in given or not isinstance(arch, str) or "/" not in arch:
-        return given
+    arch = section.get("arch")
+    if "library" in section or not isinstance(arch, str) or "/" not in arch:
+        return section
     library, _, name = arch.partition("/")
     if library not in get_args(Library) or not name:
         raise ValueError(f"{arch!r} names no network; expected {FORMS}")
-    return {**given, "library": library, "arch": name}
+    return {**section, "library": library, "arch": name}
 
 
-def from_factory(given: dict[str, Any]) -> dict[str, Any]:
+def from_factory(section: dict[str, Any]) -> dict[str, Any]:
     """Return a section's keys with ``library`` and ``arch`` in the place of ``factory``."""
-    if given.keys() & {"library", "arch"}:
+    if section.keys() & {"library", "arch"}:
         raise ValueError("'factory' stands in the place of 'library' and 'arch': give one or the other")
-    rest = {key: value for key, value in given.items() if key != "factory"}
-    return {"library": LIBRARY, "arch": given["factory"], **rest}
+    rest = {key: value for key, value in section.items() if key != "factory"}
+    return {"library": LIBRARY, "arch": section["factory"], **rest}
 
 
 class Section(BaseModel):
@@ -105,22 +105,22 @@ class ModelSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short_form(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            if "/" not in given:
+    def _short_form(cls, form: Any) -> Any:
+        if isinstance(form, str):
+            if "/" not in form:
                 raise ValueError(f"names no library; expected {FORMS}")
-            given = {"arch": given, "pretrained": True}
-        if isinstance(given, BaseModel):
-            return given
-        if not isinstance(given, dict):
+            form = {"arch": form, "pretrained": True}
+        if isinstance(form, BaseModel):
+            return form
+        if not isinstance(form, dict):
             raise ValueError(f"expected {FORMS}")
-        if "factory" not in given:
-            return written_out(given)
-        return from_factory(given)
+        if "factory" not in form:
+            return written_out(form)
+        return from_factory(form)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
+        sources = [self.checkpoint is not None, self.pretrained, self.random_seed is not None]
         if self.library == LIBRARY:
             if not is_entry(self.arch):
                 raise ValueError(f"factory is {self.arch!r}; expected package.module:function, such as my_nets:build")
@@ -128,7 +128,7 @@ class ModelSpec(Section):
                 raise ValueError("an architecture of one's own has no pretrained weights by name; give 'checkpoint'")
         elif self.code is not None:
             raise ValueError("'code' is that of a 'factory' of one's own; leave it out")
-        if sum(given) != 1:
+        if sum(sources) != 1:
             raise ValueError("give exactly one of 'checkpoint', 'pretrained: true' and 'random_seed'")
         if self.weights is not None and self.checkpoint is None:
             raise ValueError("'weights' says which of a checkpoint's; give 'checkpoint', or leave it out")

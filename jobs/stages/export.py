@@ -58,8 +58,8 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
             )
             for engine in job.spec.export.engines
         ]
-        found = dict(executor.map(export_version, tasks, memory_bytes=job.needs["export"].memory_bytes))
-    return replace(job, engines=tuple(found[index] for index in sorted(found)))
+        records = dict(executor.map(export_version, tasks, memory_bytes=job.needs["export"].memory_bytes))
+    return replace(job, engines=tuple(records[index] for index in sorted(records)))
 
 
 def range_images(activations: ActivationSpec | None, observation: Observation) -> RangeImages | None:

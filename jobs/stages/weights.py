@@ -94,22 +94,22 @@ def stage(
         CheckpointError: the weights cannot be read or do not fit.
         PlanError: the network does not run on the inputs that the spec asks for.
     """
-    found: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if spec.checkpoint is None:
-        made = _made(spec, network, folder, executor=executor, registry=registry, code=code)
-        source, digest = made.source, made.digest
+        library_weights = _library_weights(spec, network, folder, executor=executor, registry=registry, code=code)
+        source, digest = library_weights.source, library_weights.digest
         tensors = check_fit(network, TensorReader(source))
     else:
-        given = fetch(spec.checkpoint, folder)
+        path = fetch(spec.checkpoint, folder)
         architecture = Architecture(spec.library, spec.arch, spec.kwargs)
         check = functools.partial(check_shapes, network, name=spec.checkpoint, architecture=architecture)
         weights = to_safetensors(
-            given, folder, network.state_dict(), name=spec.checkpoint, choice=spec.weights, check=check
+            path, folder, network.state_dict(), name=spec.checkpoint, choice=spec.weights, check=check
         )
         reader = TensorReader(TensorSource(None, str(weights.path), name=spec.checkpoint))
         tensors = check_fit(network, reader)
-        digest, source = _kept(weights.path, reader, registry)
-        found = weights.notes
+        digest, source = _stored(weights.path, reader, registry)
+        notes = weights.notes
     preprocessing = resolve_preprocessing(spec, network, preprocess)
     trace = _trace(spec, network, preprocessing)
     return StagedModel(
@@ -128,7 +128,7 @@ def stage(
         preprocessing=preprocessing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         activation_bytes=trace.activation_bytes,
-        notes=(*found, *trace.notes),
+        notes=(*notes, *trace.notes),
         classes=trace.classes,
         no_classes=trace.no_classes,
     )
@@ -142,14 +142,14 @@ def resolve_preprocessing(model: ModelSpec, network: nn.Module, spec: Preprocess
         PlanError: ``mean`` and ``std`` are of different channels.
         ModelError: the network takes no images.
     """
-    asked = spec.model_dump(mode="json", exclude_none=True)
-    if model.library == LIBRARY and {"size", "mean", "std"} <= asked.keys():
+    own = spec.model_dump(mode="json", exclude_none=True)
+    if model.library == LIBRARY and {"size", "mean", "std"} <= own.keys():
         record: dict[str, Any] = {"resize": None}
     else:
         record = networks.default_preprocessing(model.library, network, model.kwargs).to_record()
-    if spec.size is not None and asked["size"] != record.get("size"):
+    if spec.size is not None and own["size"] != record.get("size"):
         record["resize"] = None
-    record |= asked
+    record |= own
     if len(record["mean"]) != len(record["std"]):
         raise PlanError(
             f"preprocess.mean is {record['mean']} and preprocess.std {record['std']}: expected a value of each for "
@@ -158,7 +158,7 @@ def resolve_preprocessing(model: ModelSpec, network: nn.Module, spec: Preprocess
     return Preprocessing.from_record(record)
 
 
-def _made(
+def _library_weights(
     spec: ModelSpec,
     network: nn.Module,
     folder: Path,
@@ -180,11 +180,11 @@ def _made(
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     need = Need("stage", MADE_BYTES_PER_BYTE * size, "model.arch")
     executor.require(need)
-    ((_, made),) = executor.map(make_weights, [task], memory_bytes=need.memory_bytes)
-    return made
+    ((_, result),) = executor.map(make_weights, [task], memory_bytes=need.memory_bytes)
+    return result
 
 
-def _kept(path: Path, reader: TensorReader, registry: Registry | None) -> tuple[str, TensorSource]:
+def _stored(path: Path, reader: TensorReader, registry: Registry | None) -> tuple[str, TensorSource]:
     """Return a checkpoint's digest, its values looked at, and where workers read it: in the store, where they do not
     see this machine's files. There gc takes it away later, as no version names it.
     """
@@ -214,8 +214,8 @@ def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) ->
     Raises:
         PlanError: it runs on the inputs that its library states, but not on those that the spec asks for.
     """
-    asked = preprocessing.input_shape
-    example = torch.zeros(1, *asked, device="meta")
+    shape = preprocessing.input_shape
+    example = torch.zeros(1, *shape, device="meta")
     footprint, answers = Footprint(), list[Any]()
     handle = network.register_forward_hook(lambda _, __, answer: answers.append(answer))
     try:
@@ -223,9 +223,9 @@ def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) ->
             traced = execution_order(network, example)
     except Exception as error:  # whatever the network's forward raises
         own = spec.library == LIBRARY
-        stated = asked if own else networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
-        if stated != asked and _runs(network, stated):
-            sides = " x ".join(map(str, asked))
+        stated = shape if own else networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
+        if stated != shape and _runs(network, stated):
+            sides = " x ".join(map(str, shape))
             raise PlanError(
                 f"preprocess: {spec.library} {spec.arch} does not run on inputs of {sides} ({one_line(error)}), but on "
                 f"{' x '.join(map(str, stated))}; leave preprocess.size, mean and std out, or set model.kwargs."

@@ -62,11 +62,11 @@ def trace(model: ModelRecord, preprocessing: Preprocessing) -> onnx.ModelProto:
     try:
         with _quiet():
             program = torch.export.export(_Bare(network), (example, state), dynamic_shapes=shapes, strict=False)
-            made = torch.onnx.export(
+            onnx_program = torch.onnx.export(
                 program, input_names=[IMAGE, *state], dynamo=True, optimize=True, opset_version=OPSET, verbose=False
             )
-        assert made is not None, "the exporter returns a program where it is given no file"
-        traced = made.model_proto
+        assert onnx_program is not None, "the exporter returns a program where it is given no file"
+        traced = onnx_program.model_proto
     except Exception as error:  # whatever the network's forward, or the exporter, raises
         cause = error.__cause__ or error
         raise ModelError(f"{title} cannot be exported to ONNX: {one_line(cause)}.") from error

@@ -42,7 +42,7 @@ class Weights:
 def to_safetensors(
     path: Path,
     folder: Path,
-    wanted: Collection[str],
+    keys: Collection[str],
     *,
     name: str | None = None,
     choice: Choice | None = None,
@@ -57,7 +57,7 @@ def to_safetensors(
     Args:
         path: the file.
         folder: where a copy goes.
-        wanted: the names in the network's state dict.
+        keys: the names in the network's state dict.
         name: what the user calls the file.
         choice: averaged weights or the model's own, where the file has both.
         check: raises where tensors of these shapes are not the network's: before any of them is copied.
@@ -71,22 +71,22 @@ def to_safetensors(
         kind = file_kind(path, name)
         if kind == "safetensors":
             reader = TensorReader(TensorSource(None, str(path), name=name))
-            infos = unwrap(reader.tensors, wanted, TensorInfo, name=name, choice=choice)
+            infos = unwrap(reader.tensors, keys, TensorInfo, name=name, choice=choice)
             check({key: info.shape for key, info in infos.state.items()})
             if infos.plain:
                 return Weights(path, infos.notes)
             require_room(folder, sum(info.size_bytes for info in infos.state.values()), f"A copy of {name}")
             return Weights(reader.copied(infos.state, copy), infos.notes)
-        found = unwrap(load_pickled(path, name, kind), wanted, torch.Tensor, name=name, choice=choice)
-        for key, tensor in found.state.items():
+        unwrapped = unwrap(load_pickled(path, name, kind), keys, torch.Tensor, name=name, choice=choice)
+        for key, tensor in unwrapped.state.items():
             _check_kind(name, key, tensor)
-        check({key: tuple(tensor.shape) for key, tensor in found.state.items()})
-        require_room(folder, sum(tensor.nbytes for tensor in found.state.values()), f"A copy of {name}")
+        check({key: tuple(tensor.shape) for key, tensor in unwrapped.state.items()})
+        require_room(folder, sum(tensor.nbytes for tensor in unwrapped.state.values()), f"A copy of {name}")
         with writing(folder):
-            save_state(found.state, copy)
+            save_state(unwrapped.state, copy)
         if file_version(path.stat()) != before:
             raise CheckpointError(f"{name} was written to while it was read; wait for its writer and run again.")
-    return Weights(copy, found.notes)
+    return Weights(copy, unwrapped.notes)
 
 
 def _check_kind(name: str, key: str, tensor: torch.Tensor) -> None:
@@ -106,13 +106,13 @@ def save_state(state: Mapping[str, torch.Tensor], path: Path) -> Path:
 
     Only those are copied for it: the format's library refuses to write one memory under two names.
     """
-    seen: set[int] = set()
+    storages: set[int] = set()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         memory = tensor.untyped_storage().data_ptr()
         own = tensor.detach().contiguous()
-        tensors[name] = own.clone() if memory in seen else own
-        seen.add(memory)
+        tensors[name] = own.clone() if memory in storages else own
+        storages.add(memory)
     save_file(tensors, path)
     return path
 

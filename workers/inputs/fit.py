@@ -76,24 +76,24 @@ class Architecture:
     arch: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def fitting(self, network: nn.Module, found: Shapes) -> str:
+    def fitting(self, network: nn.Module, shapes: Shapes) -> str:
         """Return in words which arguments would build a network that these shapes fit; empty where none do."""
-        told: list[str] = []
+        hints: list[str] = []
         arguments: dict[str, Any] = {}
-        for argument, value, words in _guesses(self.library, network, found):
+        for argument, value, words in _guesses(self.library, network, shapes):
             arguments[argument] = value
-            told.append(words)
+            hints.append(words)
         if not arguments:
             return ""
         try:
             other = shapes_of(networks.build(self.library, self.arch, {**self.kwargs, **arguments}, meta=True))
         except WorkError:
             return ""
-        if any(name in found and found[name] != shape for name, shape in other.items()) or set(found) - set(other):
+        if any(name in shapes and shapes[name] != shape for name, shape in other.items()) or set(shapes) - set(other):
             return ""
         text = ", ".join(f"{name}: {value}" for name, value in arguments.items())
         verb = "set" if set(arguments) & set(self.kwargs) else "add"
-        return f"the checkpoint {' and '.join(told)}; {verb} kwargs: {{{text}}}."
+        return f"the checkpoint {' and '.join(hints)}; {verb} kwargs: {{{text}}}."
 
 
 def _guesses(library: str, network: nn.Module, shapes: Shapes) -> list[tuple[str, int, str]]:

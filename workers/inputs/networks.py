@@ -64,10 +64,10 @@ def build(
     except (
         Exception
     ) as error:  # the libraries raise anything: a network failure, an assertion, a TypeError on an argument
-        wanted = "its pretrained weights" if pretrained else f"arguments {arguments}"
+        request = "its pretrained weights" if pretrained else f"arguments {arguments}"
         hint = " Without a network, give model.checkpoint instead of model.pretrained." if pretrained else ""
         builder = "the factory" if library == LIBRARY else library
-        raise ModelError(f"{builder} could not build {arch!r} with {wanted}: {one_line(error)}.{hint}") from error
+        raise ModelError(f"{builder} could not build {arch!r} with {request}: {one_line(error)}.{hint}") from error
     return model.eval()
 
 
@@ -169,9 +169,9 @@ def _timm_preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Prepr
     import timm.data
 
     config = timm.data.resolve_model_data_config(model)
-    asked = arguments.get("img_size")
+    image_size = arguments.get("img_size")
     channels = int(arguments.get("in_chans") or config["input_size"][0])
-    height, width = config["input_size"][-2:] if asked is None else sides_of(asked)
+    height, width = config["input_size"][-2:] if image_size is None else sides_of(image_size)
     config = timm.data.resolve_model_data_config(model, args={"input_size": (channels, int(height), int(width))})
     _, height, width = config["input_size"]
     crop = float(config["crop_pct"])

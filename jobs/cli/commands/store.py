@@ -99,8 +99,8 @@ def inspect(model: Model, *, store: Store, as_json: Json = False) -> None:
     out.print(table)
     for line in trust_warnings(registry.store, name):
         typer.echo(f"warning: {line}", err=True)
-    for kept in manifest.kept_float:
-        out.print(f"stays float: {kept.name} ({kept.reason})")
+    for float_layer in manifest.kept_float:
+        out.print(f"stays float: {float_layer.name} ({float_layer.reason})")
     for measured in (report or {}).get("measured", []):
         share = measured["correct"] / measured["total"]
         error = 100 * math.sqrt(share * (1 - share) / measured["total"])
@@ -186,13 +186,13 @@ def bundle(
         timestamp = lasting_timestamp(opened, name, load_keys(key or ()), timedelta(days=days))
     top = {"part": 0, "full": None}.get(level, int(level) if level.isdecimal() else 0)
     written = write_bundle(opened, name, ref, out, level=top, timestamp=timestamp)
-    held = written.contents
+    contents = written.contents
     if as_json:
-        print_json(held.model_dump(mode="json") | {"size_bytes": written.size_bytes, "signed": written.signed})
+        print_json(contents.model_dump(mode="json") | {"size_bytes": written.size_bytes, "signed": written.signed})
         return
-    told = "signed" if written.signed else "unsigned"
+    trust = "signed" if written.signed else "unsigned"
     typer.echo(
-        f"{out}: {name} version {held.version} up to level {held.level}, {told}, {size(written.size_bytes)}: "
+        f"{out}: {name} version {contents.version} up to level {contents.level}, {trust}, {size(written.size_bytes)}: "
         f"nestquant pull --from {out}"
     )
 
