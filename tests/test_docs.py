@@ -1,14 +1,21 @@
-"""What the pages show works: the tutorial from its first block to its last, and every spec in them."""
+"""What the pages show works: two of them from the first block to the last; in all, every spec is one, every command
+line is taken by the real parser, and every import is there.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
+from typer.core import TyperGroup
 
 from jobs.cli.main import app
 from jobs.spec.file import parse_spec
@@ -16,6 +23,8 @@ from tests.conftest import ROOT
 from tests.site import outside_requests
 
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = typer.main.get_group(app)
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of the click that typer brings
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -69,6 +78,108 @@ def test_every_spec_in_the_pages_is_one() -> None:
     assert {"README.md", "tutorial.md"} <= {page.name for page, _ in jobs}
     for page, document in jobs:
         assert parse_spec(document, where=page.name).name == document["name"]
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Return the words of every ``nestquant`` line of a text's code: fenced or indented, continued or commented."""
+    lines, fenced = [], False
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif (fenced or line.startswith("    ")) and line.strip().startswith("nestquant "):
+            words = shlex.split(re.sub(r"   \(.*\)$", "", line.partition(" # ")[0]))
+            if len(words) > 1 and words[1] in COMMAND.commands:
+                lines.append(words[1:])
+    return lines
+
+
+def parse(words: list[str]) -> None:
+    """Parse words as the command line does; nothing is run.
+
+    Raises:
+        click.UsageError: there is no such command, option or value, or one is missing.
+    """
+    context = COMMAND.make_context("nestquant", list(words), resilient_parsing=False)
+    while isinstance(context.command, TyperGroup):
+        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+        assert command is not None
+        context = command.make_context(name, rest, parent=context)
+
+
+def test_every_command_line_in_the_pages_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTQUANT_STORE", "s3://models")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    faults, seen = [], set()
+    for page in PAGES:
+        for words in command_lines(page.read_text(encoding="utf-8")):
+            seen.add((page.name, words[0]))
+            try:
+                parse(words if words[-1] != "..." else [*words[:-1], "--key", "publisher.pem"])
+            except UsageError as error:
+                faults.append(f"{page.name}: nestquant {' '.join(words)}: {error}")
+    assert not faults, "\n".join(faults)
+    assert {("README.md", "quantize"), ("cluster.md", "jobs"), ("hub.md", "export-hf"), ("rollouts.md", "tag")} <= seen
+
+
+def test_a_wrong_command_line_is_seen() -> None:
+    text = (
+        "nestquant prose\n\n```\nnestquant pull net \\\n  --store s3://x   # why\n```\n    nestquant jobs logs 3f -f\n"
+    )
+    assert command_lines(text) == [["pull", "net", "--store", "s3://x"], ["jobs", "logs", "3f", "-f"]]
+    for words in (["pull", "net", "--stores", "x"], ["jobs", "no"], ["tag"], ["rollout", "net", "--percent", "many"]):
+        with pytest.raises(UsageError):
+            parse(words)
+
+
+def test_every_option_that_a_page_names_beside_a_command_is_one() -> None:
+    named = []
+    for page in PAGES:
+        for span in re.findall(r"`nestquant ([a-z][^`\n]*)`", page.read_text(encoding="utf-8")):
+            words: list[str] = span.split()
+            command: Any = COMMAND
+            while words and isinstance(command, TyperGroup) and words[0] in command.commands:
+                command = command.commands[words.pop(0)]
+            if command is COMMAND:
+                continue
+            known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)} | {"--help"}
+            named += [(page.name, span, word) for word in words if re.fullmatch(r"--?[a-z][a-z0-9-]*", word)]
+            assert {word for _, one, word in named if one == span} <= known, (page.name, span)
+    assert len(named) > 5
+
+
+def test_every_python_block_compiles_and_imports_what_there_is() -> None:
+    checked = 0
+    for page in PAGES:
+        local = {Path(title).stem for _, title, _ in blocks(page) if title}
+        for language, _, text in blocks(page):
+            if language != "python":
+                continue
+            for node in ast.walk(ast.parse(text, page.name)):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module not in local:
+                    module = importlib.import_module(node.module)
+                    for alias in node.names:
+                        found = hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}") is not None
+                        assert found, f"{page.name}: {alias.name} is not in {node.module}"
+                        checked += 1
+                elif isinstance(node, ast.Import):
+                    assert all(find_spec(alias.name) is not None for alias in node.names), page.name
+    assert checked > 5
+
+
+def test_the_page_of_own_networks_works_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    for language, title, text in blocks(ROOT / "docs" / "own-networks.md"):
+        if title:
+            (tmp_path / title).write_text(text)
+        if language == "yaml":
+            app(["quantize", title, "--local"], standalone_mode=False)
+            app(["pull", "mine", "--store", "store", "--allow-unsigned", "--cache", "device"], standalone_mode=False)
+        elif language == "python" and not title:
+            exec(compile(text, "own-networks.md", "exec"), names)
+    model = names["load"]("device")
+    assert [layer.name for layer, _ in model.layers()] == ["0", "5"]
 
 
 def test_what_a_page_loads_from_elsewhere_is_seen(tmp_path: Path) -> None:
