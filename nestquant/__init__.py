@@ -31,6 +31,9 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nestquant' has no attribute {name!r}")
+    from nestquant._shadows import check_packages
+
+    check_packages()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

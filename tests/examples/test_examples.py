@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 PRINTED = {
+    "in_memory.py": [r"part-bit: error \d+\.\d\d%", r"full-bit: error \d+\.\d\d%", r"as saved: True"],
     "job_to_a_folder.py": [r"first version 1: latest", r"level 0: [\d,]+ bytes", r"level 1: [\d,]+ bytes"],
     "switch_on_a_device.py": [
         r"part-bit: [\d,]+ bytes resident, class \d+",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,35 @@ def test_importing_a_package_costs_neither_torch_nor_pydantic(package: str) -> N
         [sys.executable, "-c", f"import sys, {package}; print({heavy})"], capture_output=True, text=True, check=True
     )
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["jobs", "workers", "storage"])
+@pytest.mark.parametrize("how", ["script", "module", "command", "folder"])
+def test_a_file_that_hides_a_package_is_named_in_one_line(tmp_path: Path, name: str, how: str) -> None:
+    if how == "folder":
+        (tmp_path / name).mkdir()
+        hidden = tmp_path / name / "__init__.py"
+    else:
+        hidden = tmp_path / f"{name}.py"
+    hidden.write_text("MINE = 1\n")
+    (tmp_path / "own.py").write_text("import nestquant\nnestquant.quantize\n")
+    words, environment = [str(tmp_path / "own.py")], dict(os.environ)
+    if how == "module":
+        words = ["-m", "own"]
+    if how == "command":
+        environment["PYTHONPATH"] = str(tmp_path)
+        words = [str(Path(sys.executable).parent / "nestquant"), "pull", "--help"]
+    ran = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert ran.returncode == 1
+    if how == "command" and name == "jobs":  # Python finds no command in it
+        assert "jobs" in ran.stderr
+        return
+    assert f"needs its own package {name!r}" in ran.stderr.splitlines()[-1]
+    assert str(hidden) in ran.stderr.splitlines()[-1]
+    if how == "command":
+        assert len(ran.stderr.splitlines()) == 1
 
 
 def test_the_function_is_not_hidden_by_a_module_of_its_name(own: Own) -> None:
