@@ -77,7 +77,8 @@ def kind(field: FieldInfo) -> str:
     if any(models(annotation)):
         return "a section, below"
     text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
-    for module in ("typing.", "pathlib.", "collections.abc.", "jobs.spec.job.", "jobs.spec.model.", "jobs.spec.zoo."):
+    ours = (f"jobs.spec.{name}." for name in ("job", "model", "quantize", "zoo"))
+    for module in ("typing.", "pathlib.", "collections.abc.", *ours):
         text = text.replace(module, "")
     limits = ", ".join(str(one) for one in field.metadata if type(one).__name__ in ("Ge", "Gt", "Le", "Lt"))
     return f"{text}{'; ' + limits if limits else ''}"

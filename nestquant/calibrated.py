@@ -17,6 +17,7 @@ would be cut off in part-bit mode. Not so below 3 bits, where that would cost th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def calibrate_weight(
     if len(moments) != config.level_count:
         raise ValueError(f"{config.level_count} levels need as many moments; got {len(moments)}")
     flat = weight.detach().double().reshape(groups, weight.shape[0] // groups, -1)
-    qparams = choose_qparams(weight, bits=config.full_bits, scheme=config.scheme, steps=_steps(config))
+    steps = replace(config, range="nested").range_steps
+    qparams = choose_qparams(weight, bits=config.full_bits, scheme=config.scheme, steps=steps)
     values: list[Tensor] = []
     biases: list[Tensor] = []
     for level in reversed(range(config.level_count)):
@@ -66,17 +68,6 @@ def calibrate_weight(
         parts.append(fine - coarse * (1 << shift))
     shaped = tuple(part.reshape(weight.shape).to(torch.int8) for part in parts)
     return QuantizedWeight(qparams, shaped, config, torch.stack(biases[::-1]))
-
-
-def _steps(config: NestConfig) -> int | None:
-    """Return the steps of the full-bit grid from the coarsest grid's lowest integer, or zero, to its highest.
-
-    None, all that there are, where the coarsest grid has fewer than 3 bits: the full-bit one would lose too many.
-    """
-    if config.high_bits < 3:
-        return None
-    width = config.high_bits - 1 if config.scheme == "symmetric" else config.high_bits
-    return ((1 << width) - 1) << (config.full_bits - config.high_bits)
 
 
 def _target(flat: Tensor, cross: Tensor, own: Tensor) -> Tensor:

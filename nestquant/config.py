@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 Scheme = Literal["asymmetric", "symmetric"]
 Rounding = Literal["adaptive", "nearest"]
+Range = Literal["full", "nested"]
 Observer = Literal["minmax", "percentile", "mse", "sigma"]
 
 MAX_BITS = 8
@@ -41,16 +42,21 @@ def level_bits(bits: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class NestConfig:
-    """Bits per level, scheme and rounding of a layer.
+    """Bits per level, scheme, rounding and range of a layer.
 
     ``bits`` names the grids that the model can run on, full bits first: ``(8, 4)`` is one nesting, ``(8, 6, 4)`` has
     three levels, ``(8,)`` is plain INT8. Levels count the other way round, in the order in which a device gets them:
     level 0 is *high*, the coarsest grid, and each further level is the *low* part that refines it to the next grid.
+
+    ``range``: where a channel's largest weight lies on the full-bit grid. ``full``: at its last integer (127 of 8
+    bits), which no coarser grid reaches (126, 124 and 112 at 7, 6 and 4). ``nested``: at the last one that the
+    coarsest grid reaches.
     """
 
     bits: tuple[int, ...] = (8, 4)
     scheme: Scheme = "asymmetric"
     rounding: Rounding = "adaptive"
+    range: Range = "full"
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -58,6 +64,8 @@ class NestConfig:
             raise ValueError(f"scheme must be one of {get_args(Scheme)}; got {self.scheme!r}")
         if self.rounding not in get_args(Rounding):
             raise ValueError(f"rounding must be one of {get_args(Rounding)}; got {self.rounding!r}")
+        if self.range not in get_args(Range):
+            raise ValueError(f"range must be one of {get_args(Range)}; got {self.range!r}")
         if self.scheme == "symmetric" and self.full_bits < 2:
             raise ValueError(
                 "the symmetric scheme needs at least 2 full bits: with 1 bit its only positive step is missing"
@@ -87,6 +95,18 @@ class NestConfig:
     def level_bits(self) -> tuple[int, ...]:
         """Signed bits stored per weight and level (`level_bits`)."""
         return level_bits(self.bits)
+
+    @property
+    def range_steps(self) -> int | None:
+        """Steps of the full-bit grid that a channel's range takes, as `nestquant.affine.choose_qparams` counts them.
+
+        None, all that there are, for the range ``full``, and where the coarsest grid has fewer than 3 bits: what ends
+        with it would cost the full-bit mode a quarter of its steps and more.
+        """
+        if self.range == "full" or self.high_bits < 3:
+            return None
+        width = self.high_bits - 1 if self.scheme == "symmetric" else self.high_bits
+        return ((1 << width) - 1) << (self.full_bits - self.high_bits)
 
     def grid_bits(self, level: int) -> int:
         """Return the bits of the grid that levels ``0..level`` add up to; IndexError if there is no such level."""

@@ -57,7 +57,8 @@ def quantize_weight(weight: Tensor, config: NestConfig) -> QuantizedWeight:
     Raises:
         ValueError: NaN or infinite weights or fewer than two dimensions.
     """
-    qparams = choose_qparams(weight, bits=config.full_bits, scheme=config.scheme)
+    steps = config.range_steps
+    qparams = choose_qparams(weight, bits=config.full_bits, scheme=config.scheme, steps=steps)
     qmin, qmax = signed_range(config.full_bits)
     if config.scheme == "symmetric":
         qmin = -qmax

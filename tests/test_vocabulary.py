@@ -13,7 +13,7 @@ import torch
 import nestquant.config
 import nestquant.surgery
 import storage.manifest
-from jobs.spec.job import check_bits
+from jobs.spec.quantize import check_bits
 
 
 def test_the_method_and_the_store_name_the_same_schemes_and_layers() -> None:

@@ -6,6 +6,7 @@ sums in float64 in the order of the images: its result depends on nothing but it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
-from nestquant.config import NestConfig
 from nestquant.engines.images import Preprocessing
 from nestquant.modules import from_float
 from nestquant.moments import Moments, has_columns, input_columns
@@ -211,7 +211,7 @@ def _watched(module: nn.Module, layer: str) -> Iterator[list[Moments]]:
 def _quantized(
     task: SensitivityTask, weight: Tensor, bits: tuple[int, ...], moments: Moments | None
 ) -> QuantizedWeight:
-    config = NestConfig(bits=bits, scheme=task.layer.scheme, rounding=task.layer.rounding)
+    config = dataclasses.replace(task.layer.config, bits=bits)
     try:
         if moments is None:
             return quantize_weight(weight, config)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nestquant.config import NestConfig, Rounding
+from nestquant.config import NestConfig, Range, Rounding
 from storage.manifest import Descriptor, Digest, LayerKind, Record, Scheme, ShardDescriptor
 
 
@@ -77,12 +77,13 @@ class PieceTask(Record):
     bits: tuple[int, ...]
     scheme: Scheme
     rounding: Rounding
+    range: Range = "full"
     solution: int | None = None
 
     @property
     def config(self) -> NestConfig:
         """Return what the method needs to know."""
-        return NestConfig(bits=self.bits, scheme=self.scheme, rounding=self.rounding)
+        return NestConfig(bits=self.bits, scheme=self.scheme, rounding=self.rounding, range=self.range)
 
     @property
     def out_channels(self) -> int:

@@ -16,7 +16,8 @@ from jobs.api.model import NestedModel
 from jobs.errors import SpecError
 from jobs.result import sizes_of
 from jobs.spec.file import parse_as
-from jobs.spec.job import DEFAULT_SHARD_BYTES, METHOD_VERSION, ActivationSpec, QuantizeSpec
+from jobs.spec.job import DEFAULT_SHARD_BYTES, METHOD_VERSION
+from jobs.spec.quantize import ActivationSpec, QuantizeSpec
 from jobs.stages.calibration import quantized_inputs, read_range
 from jobs.stages.plan import Plan, plan_layers
 from jobs.stages.publishing import TOOLS

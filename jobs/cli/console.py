@@ -17,7 +17,7 @@ from jobs.cli.tables import Column, WholeTable
 from jobs.cli.terminal import title
 from jobs.events import Event, Listener
 from jobs.result import JobResult
-from jobs.spec.job import QuantizeSpec
+from jobs.spec.quantize import QuantizeSpec
 from jobs.stages.job import Job
 from jobs.stages.plan import has_own_bits
 from storage.manifest import LayerRecord, Manifest, level_name

@@ -22,10 +22,10 @@ from jobs.spec.job import (
     EvaluateSpec,
     JobSpec,
     PreprocessSpec,
-    QuantizeSpec,
     StoreSpec,
 )
 from jobs.spec.model import FORMS, Section, check_kind, from_factory, written_out
+from jobs.spec.quantize import QuantizeSpec
 from storage.manifest import Library, ModelName, first_repeated
 from workers.errors import nearest
 from workers.inputs.entry import LIBRARY, is_entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobs.events import StageClock
-from jobs.spec.job import ActivationSpec
+from jobs.spec.quantize import ActivationSpec
 from jobs.stages.job import ActivationRanges, Job
 from nestquant.observers import Histogram, activation_range
 from storage.manifest import ActivationRange, CalibrationRecord

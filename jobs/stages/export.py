@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobs.events import StageClock
-from jobs.spec.job import ActivationSpec
+from jobs.spec.quantize import ActivationSpec
 from jobs.stages.job import Job, Observation
 from jobs.stages.publishing import draft_manifest, model_record
 from workers.engines.export import CheckTask, ExportTask, RangeImages, check_export, export_version

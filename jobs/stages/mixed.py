@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from jobs.errors import PlanError
 from jobs.result import MixedRecord
-from jobs.spec.job import MixedSpec
+from jobs.spec.quantize import MixedSpec
 from jobs.stages.plan import Plan
 from storage.registry import Registry
 from storage.shard import build_shard

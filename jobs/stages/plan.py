@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from jobs.errors import PlanError
-from jobs.spec.job import JobSpec, QuantizeSpec
+from jobs.spec.job import JobSpec
+from jobs.spec.quantize import QuantizeSpec
 from nestquant.config import NestConfig
 from nestquant.surgery import LayerScan, LayerSite
 from storage.manifest import FloatRecord, LayerRecord, Piece
@@ -32,6 +33,7 @@ class LayerPlan:
     bits: tuple[int, ...]
     scheme: str
     rounding: str
+    range: str
     solution: int | None = None
 
 
@@ -180,7 +182,7 @@ def _settings(site: LayerSite, recipe: QuantizeSpec, high_bits: int | None) -> L
             bits = override.bits or bits
             scheme = override.scheme or scheme
             rounding = override.rounding or rounding
-    return LayerPlan(site, bits, scheme, rounding)
+    return LayerPlan(site, bits, scheme, rounding, recipe.range)
 
 
 def _group(layers: Sequence[LayerPlan], shard_bytes: int) -> tuple[tuple[GroupTask, ...], dict[str, list[Piece]]]:
@@ -225,6 +227,7 @@ def _piece_task(layer: LayerPlan, piece: Piece) -> PieceTask:
             "bits": layer.bits,
             "scheme": layer.scheme,
             "rounding": layer.rounding,
+            "range": layer.range,
             "solution": layer.solution,
         }
     )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from jobs.errors import PlanError, SpecError
 from jobs.spec.file import parse_spec
-from jobs.spec.job import JobSpec, MixedSpec
+from jobs.spec.job import JobSpec
+from jobs.spec.quantize import MixedSpec
 from jobs.stages.mixed import UNITS, LayerChoices, choose_bits, points_per_nat
 from jobs.stages.plan import make_plan
 from nestquant.surgery import LayerScan, LayerSite

@@ -37,7 +37,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_name(tiny_document: Do
     message = told(tiny_document(quantize__bitz=[8, 4]))
     assert message == (
         "job.yaml: unknown key 'quantize.bitz'. Did you mean 'bits'? "
-        "Known here: activations, bits, ignore, mixed, overrides, recipe, rounding, scheme."
+        "Known here: activations, bits, ignore, mixed, overrides, range, recipe, rounding, scheme."
     )
 
 
@@ -205,3 +205,16 @@ def test_which_weights_is_for_a_checkpoint_alone(tiny_document: Document) -> Non
     assert "'weights' says which of a checkpoint's; give 'checkpoint', or leave it out" in message
     message = told(tiny_document(model__weights="best"))
     assert "'model.weights': Input should be 'ema' or 'model'. Seen: 'best'." in message
+
+
+def test_the_published_range_leaves_no_trace_and_the_nested_one_is_another_job(tiny_document: Document) -> None:
+    digests = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": "sha256:" + "1" * 64}
+    plain, full, nested = (
+        parse_spec(tiny_document(**changes), where="job.yaml")
+        for changes in ({}, {"quantize__range": "full"}, {"quantize__range": "nested"})
+    )
+    assert "range" not in full.quantize.model_dump(mode="json")
+    assert nested.quantize.model_dump(mode="json")["range"] == "nested"
+    assert plain.identity(**digests) == full.identity(**digests) != nested.identity(**digests)
+    with pytest.raises(SpecError, match=r"quantize\.range"):
+        parse_spec(tiny_document(quantize__range="part"), where="job.yaml")

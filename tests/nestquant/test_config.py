@@ -47,6 +47,7 @@ def test_one_level_is_plain_quantization() -> None:
         ({"bits": (8, True)}, "from 1 to 8"),
         ({"scheme": "affine"}, "asymmetric"),
         ({"rounding": "floor"}, "adaptive"),
+        ({"range": "part"}, "nested"),
         ({"bits": (1,), "scheme": "symmetric"}, "at least 2 full bits"),
     ],
 )

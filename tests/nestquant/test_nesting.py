@@ -109,3 +109,25 @@ def test_integers_of_any_width_come_apart_into_int8(dtype: torch.dtype) -> None:
     assert [part.dtype for part in parts] == [torch.int8] * 3
     assert all(torch.equal(*pair) for pair in zip(parts, decompose(q.to(torch.int8), (8, 6, 4)), strict=True))
     assert torch.equal(recompose([part.to(dtype) for part in parts], (8, 6, 4)), q.to(torch.int8))
+
+
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [(8, 7), (8, 6), (8, 4), (8, 6, 4), (6, 3)])
+def test_the_nested_range_keeps_the_largest_weights_in_part_bit_mode(bits: tuple[int, ...], scheme: Scheme) -> None:
+    # One weight a channel, as in depthwise 1x1 convolutions: the published range clips each of them.
+    weight = torch.linspace(0.25, 4, 16).view(-1, 1, 1, 1)
+    top = signed_range(bits[-1])[1] << (bits[0] - bits[-1])
+    full = quantize_weight(weight, NestConfig(bits, scheme=scheme))
+    nested = quantize_weight(weight, NestConfig(bits, scheme=scheme, range="nested"))
+    torch.testing.assert_close(nested.dequantize(0), weight)
+    torch.testing.assert_close(nested.dequantize(), weight)
+    steps = signed_range(bits[0])[1] - (0 if scheme == "symmetric" else signed_range(bits[0])[0])
+    lost = (signed_range(bits[0])[1] - top) / steps
+    torch.testing.assert_close(full.dequantize(0), weight * (1 - lost))
+
+
+def test_below_three_bits_the_nested_range_is_the_published_one() -> None:
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    ranges = [quantize_weight(weight, NestConfig((8, 2), range=ends)) for ends in ("full", "nested")]
+    assert torch.equal(ranges[0].qparams.scale, ranges[1].qparams.scale)
+    assert all(map(torch.equal, ranges[0].parts, ranges[1].parts))

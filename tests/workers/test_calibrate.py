@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.spec.job import ActivationSpec
+from jobs.spec.quantize import ActivationSpec
 from jobs.stages.calibration import read_range
 from workers.calibrate import CalibrateTask, Observed, observe
 from workers.tasks import NetworkRef, TensorSource
