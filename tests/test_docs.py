@@ -10,6 +10,7 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ import yaml
 from typer.core import TyperGroup
 
 from jobs.cli.main import app
-from jobs.spec.file import parse_spec
+from jobs.spec.file import parse_as
+from jobs.spec.job import JobSpec
+from jobs.spec.zoo import ZooSpec
 from tests.conftest import ROOT
 from tests.site import outside_requests
 
@@ -74,10 +77,18 @@ def test_the_page_on_models_in_memory_works_block_by_block(tmp_path: Path, monke
 
 def test_every_spec_in_the_pages_is_one() -> None:
     specs = [(page, text) for page in PAGES for language, _, text in blocks(page) if language == "yaml"]
-    jobs = [(page, document) for page, text in specs if "model" in (document := yaml.safe_load(text))]
-    assert {"README.md", "tutorial.md"} <= {page.name for page, _ in jobs}
-    for page, document in jobs:
-        assert parse_spec(document, where=page.name).name == document["name"]
+    indented = re.compile(r"^    name: .*\n(?:(?:    .*)?\n)+", re.MULTILINE)
+    specs += [(page, dedent(text)) for page in PAGES for text in indented.findall(page.read_text(encoding="utf-8"))]
+    kinds = {}
+    for page, text in specs:
+        document = yaml.safe_load(text)
+        kind: type[JobSpec | ZooSpec] | None = (
+            ZooSpec if "models" in document else JobSpec if "model" in document else None
+        )
+        if kind is not None:
+            assert parse_as(kind, document, where=page.name).name == document["name"]
+            kinds[page.name, kind] = document
+    assert {("README.md", JobSpec), ("tutorial.md", JobSpec), ("cluster.md", ZooSpec)} <= set(kinds)
 
 
 def command_lines(text: str) -> list[list[str]]:
