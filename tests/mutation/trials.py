@@ -239,12 +239,13 @@ def _run(items: Sequence[pytest.Item], change: Callable[[], None], writing: int,
         os.write(writing, f"error {error!r}".encode())
         os._exit(2)
 
+    failed: list[str] = []
+
     class Watch:
         def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
             if report.failed:
                 print(report.longreprtext, flush=True)
-                os.write(writing, report.nodeid.encode())
-                os._exit(1)
+                failed.append(report.nodeid)
 
     try:
         config = items[0].config
@@ -252,6 +253,9 @@ def _run(items: Sequence[pytest.Item], change: Callable[[], None], writing: int,
         # The last is followed by a test as well: what the session shares must outlive the fork.
         for item, following in zip(items, [*items[1:], items[0]], strict=True):
             config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if failed:
+                os.write(writing, failed[0].encode())
+                os._exit(1)
     except BaseException as error:
         os.write(writing, f"{type(error).__name__} in {item.nodeid}".encode())
         os._exit(1)
