@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
+import jobs.cli.commands.export
 import nestquant.config
 import nestquant.surgery
 import storage.manifest
@@ -19,6 +20,10 @@ from jobs.spec.quantize import check_bits
 def test_the_method_and_the_store_name_the_same_schemes_and_layers() -> None:
     assert get_args(nestquant.config.Scheme) == get_args(storage.manifest.Scheme)
     assert get_args(nestquant.surgery.LayerKind) == get_args(storage.manifest.LayerKind)
+
+
+def test_the_command_line_and_the_store_name_the_same_engines() -> None:
+    assert get_args(jobs.cli.commands.export.Engine) == get_args(storage.manifest.Engine)
 
 
 def test_every_kind_of_layer_is_one_that_surgery_finds() -> None:

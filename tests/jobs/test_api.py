@@ -90,6 +90,17 @@ def test_importing_a_package_costs_neither_torch_nor_pydantic(package: str) -> N
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("words", [["--help"], ["pull", "--help"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_ray_nor_the_manifest(words: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "jobs.cli.main", *words]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "typer" in modules
+    ours = modules if words == ["--help"] else modules - {"pydantic"}  # typer takes it to read a command's options
+    assert not ours & {"torch", "ray", "pydantic", "numpy", "rich", "yaml"}
+    assert "storage.manifest" not in modules
+
+
 @pytest.mark.parametrize("name", ["jobs", "workers", "storage"])
 @pytest.mark.parametrize("how", ["script", "module", "command", "folder"])
 def test_a_file_that_hides_a_package_is_named_in_one_line(tmp_path: Path, name: str, how: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from jobs.cli.options import Code, Factory, Json, Model, Store, print_json, split_ref, trust_factory
-from storage.manifest import Engine
 from storage.wording import size
+
+Engine = Literal["onnx"]  # that of ``storage.manifest``, which loads pydantic: '--help' does without
 
 
 def register(app: typer.Typer) -> None:
