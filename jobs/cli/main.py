@@ -29,6 +29,7 @@ from jobs.cli.commands import (
     tags,
     zoo,
 )
+from jobs.cli.commands import run as run_command
 from jobs.errors import ClusterError, GateError, JobError
 from storage.errors import (
     AccessDenied,
@@ -75,6 +76,7 @@ jobs.register(app)
 analyze.register(app)
 export.register(app)
 device.register(app)
+run_command.register(app)
 store.register(app)
 maintain.register(app)
 keys.register(app)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from nestquant.engines.errors import PhotoError
+from storage.files import open_regular
 from storage.manifest import Interpolation
-from storage.wording import one_line
+from storage.wording import in_one_line, one_line
 
 MAX_ENLARGED_PIXELS = 2**26
 """Pixels of an enlarged image, at most (200 MB): a strip of 1 x 100,000 pixels would grow to 224 x 22,400,000."""
@@ -182,6 +185,24 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np
     mean, std = np.asarray(preprocessing.mean, dtype=np.float32), np.asarray(preprocessing.std, dtype=np.float32)
     normalised = (pixels - mean) / std
     return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+
+
+def photo_input(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Read a photograph as one input, float32 ``[C, H, W]``.
+
+    Raises:
+        PhotoError: there is no such file, it cannot be read, or it is no image that can be used; it names the file.
+    """
+    name = in_one_line(str(path))
+    try:
+        with open_regular(path) as file:
+            return to_input(decode(file), preprocessing)
+    except FileNotFoundError as error:
+        raise PhotoError(f"No photograph at {name}: there is no such file.") from error
+    except Exception as error:  # whatever the decoders raise
+        fault = image_fault(error)
+        told = f"cannot be read on this machine: {one_line(error)}; try again" if fault is None else str(fault)
+        raise PhotoError(f"Photograph {name}: {told}.") from error
 
 
 def _orientation(image: Image.Image) -> int:

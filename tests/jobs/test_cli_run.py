@@ -1,0 +1,82 @@
+"""``nestquant run``: photographs on a device, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nestquant.engines.images import photo_input
+from nestquant.engines.onnx import Session
+from storage.device import Device, StoreSource
+from storage.stores.uri import open_store
+from tests.engines.published import publish, spec_of
+from tests.jobs.conftest import Run
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    publish(spec_of(folder, activations={"bits": 8}))
+    device = Device(folder / "device", StoreSource(open_store(str(folder / "store"))), unsigned=True)
+    device.pull("tiny")
+    return folder / "device"
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_photographs_get_the_classes_that_the_session_gives(
+    nestquant: Run, cache: Path, photograph: Path, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(f"kind {index}" for index in range(10)))
+    words = ["run", "tiny", photograph, photograph, "--cache", cache, "--top", "3", "--repeat", "4"]
+    code, out, err = nestquant(*words, "--labels", labels, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    session = Session(Device(cache), "tiny", level=0)
+    logits = session.run(photo_input(photograph, session.preprocessing)[None]).logits[0]
+    order = [int(index) for index in np.argsort(-logits)[:3]]
+    assert (document["version"], document["level"], document["levels"], document["engine"]) == (1, 0, 2, "onnx")
+    assert document["median_ms"] >= document["least_ms"] > 0
+    assert document["resident_bytes"] > 10_000_000
+    for answer in document["photographs"]:
+        assert [one["class"] for one in answer["top"]] == order
+        assert [one["label"] for one in answer["top"]] == [f"kind {index}" for index in order]
+        powers = np.exp(logits - logits.max())
+        assert [one["probability"] for one in answer["top"]] == pytest.approx(list((powers / powers.sum())[order]))
+    code, out, _ = nestquant(*words, "--level", "part")
+    assert code == 0
+    assert f"class {order[0]}\n" in out
+    assert "tiny version 1, part-bit, onnx:" in out
+    assert "(median of 8)" in out
+
+
+def test_every_mistake_is_one_line(nestquant: Run, cache: Path, photograph: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(photograph.read_bytes()[:300])
+    (tmp_path / "two.txt").write_text("cat\ndog\n")
+    cases = [
+        (["nobody", photograph], "nobody is not in"),
+        (["tiny", tmp_path / "none.jpg"], "none.jpg: there is no such file"),
+        (["tiny", tmp_path], "not a regular file"),
+        (["tiny", tmp_path / "broken.jpg"], "broken.jpg: OSError: "),
+        (["tiny", photograph, "--level", "full"], "level 1 is not here; 'nestquant upgrade tiny --level 1' brings it"),
+        (["tiny", photograph, "--level", "7"], "has levels 0 to 1, not 7"),
+        (["tiny", photograph, "--level", "half"], "expected part, full or a number from 0 to 1"),
+        (["tiny", photograph, "--labels", tmp_path / "two.txt"], "--labels has 2 names, tiny has 10 classes"),
+        (["tiny", photograph, "--labels", tmp_path / "no.txt"], "No such file or directory"),
+    ]
+    for words, message in cases:
+        code, out, err = nestquant("run", *words, "--cache", cache)
+        assert (code != 0, out) == (True, ""), words
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+        assert "Traceback" not in err
