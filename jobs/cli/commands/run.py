@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json, size
+from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json
 from storage.manifest import Engine
+from storage.wording import size
 
 if TYPE_CHECKING:
     from nestquant.engines.onnx import Session
