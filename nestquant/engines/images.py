@@ -201,8 +201,8 @@ def photo_input(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.floa
         raise PhotoError(f"No photograph at {name}: there is no such file.") from error
     except Exception as error:  # whatever the decoders raise
         fault = image_fault(error)
-        told = f"cannot be read on this machine: {one_line(error)}; try again" if fault is None else str(fault)
-        raise PhotoError(f"Photograph {name}: {told}.") from error
+        reason = f"cannot be read on this machine: {one_line(error)}; try again" if fault is None else str(fault)
+        raise PhotoError(f"Photograph {name}: {reason}.") from error
 
 
 def _orientation(image: Image.Image) -> int:

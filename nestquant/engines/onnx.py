@@ -190,8 +190,8 @@ class Session:
                 f"{self._where()}: level {level} is not here; 'nestquant upgrade {self.manifest.name} --level {level}' "
                 "brings it."
             )
-        found = engine_tensors(self.manifest, self._layout, self._values, self._read, level)
-        tensors = {tensor.name: array for tensor, array in found}
+        chosen = engine_tensors(self.manifest, self._layout, self._values, self._read, level)
+        tensors = {tensor.name: array for tensor, array in chosen}
         if self._shared is None:
             return _Own(level, self._engine(self._graph, tensors))
         weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}

@@ -45,9 +45,9 @@ def test_weights_and_biases_of_each_level_are_those_of_torch(tmp_path: Path, res
     for level in (0, 1, 2, 0):
         session.set_level(level)
         seen = session.run(inputs)
-        wanted = torch_answers(registry, manifest, inputs, level=level, activations=False)
+        expected = torch_answers(registry, manifest, inputs, level=level, activations=False)
         assert seen.level == session.level == level
-        np.testing.assert_allclose(seen.logits, wanted, atol=2e-5 * np.abs(wanted).max())
+        np.testing.assert_allclose(seen.logits, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_both_residencies_answer_to_the_bit_and_levels_differ(device: Device) -> None:
@@ -65,10 +65,10 @@ def test_both_residencies_answer_to_the_bit_and_levels_differ(device: Device) ->
 def test_no_answer_is_lost_or_of_two_levels(device: Device, residency: Residency, switches: int) -> None:
     session = Session(device, "tiny", level=0, residency=residency, threads=1)
     inputs = images(2)
-    wanted = []
+    expected = []
     for level in range(3):
         session.set_level(level)
-        wanted.append(session.run(inputs).logits)
+        expected.append(session.run(inputs).logits)
     done = threading.Event()
     asked, answered, wrong = [0] * 8, [[0] * 3 for _ in range(8)], list[str]()
 
@@ -77,7 +77,7 @@ def test_no_answer_is_lost_or_of_two_levels(device: Device, residency: Residency
             asked[thread] += 1
             answer = session.run(inputs)
             answered[thread][answer.level] += 1
-            if not np.array_equal(answer.logits, wanted[answer.level]):
+            if not np.array_equal(answer.logits, expected[answer.level]):
                 wrong.append(f"thread {thread}, level {answer.level}")
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
@@ -98,7 +98,7 @@ def test_a_request_in_flight_ends_at_the_level_at_which_it_began(device: Device,
     """The switch happens while the request is under way, not beside it: the engine is entered after it."""
     session = Session(device, "tiny", level=0, residency=residency)
     inputs = images(1)
-    wanted = session.run(inputs).logits
+    expected = session.run(inputs).logits
     loaded = session._loaded
 
     class Interrupted:
@@ -111,7 +111,7 @@ def test_a_request_in_flight_ends_at_the_level_at_which_it_began(device: Device,
     session._loaded = Interrupted()
     answer = session.run(inputs)
     assert (answer.level, session.level) == (0, 2)
-    assert np.array_equal(answer.logits, wanted)
+    assert np.array_equal(answer.logits, expected)
 
 
 @pytest.mark.parametrize("residency", RESIDENCIES)

@@ -87,8 +87,8 @@ def _open(model: str, cache: Path, level: str | None, threads: int | None) -> Se
             f"no engine is installed here ({error.name} is not there); pip install 'nestquant-service[onnx]'."
         ) from error
     device = Device(cache)
-    wanted = None if level is None else _level(level, device.manifest(model).level_count())
-    return Session(device, model, level=wanted, threads=threads)
+    number = None if level is None else _level(level, device.manifest(model).level_count())
+    return Session(device, model, level=number, threads=threads)
 
 
 def _level(word: str, count: int) -> int:
@@ -108,8 +108,8 @@ def _labels(path: Path) -> list[str]:
         with open_regular(path) as file:
             return [in_one_line(line) for line in file.read(_MAX_LABELS_BYTES).decode().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        told = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise EngineError(f"--labels {path}: {told}; expected text with one name a line.") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise EngineError(f"--labels {path}: {reason}; expected text with one name a line.") from error
 
 
 def _answer(
@@ -133,7 +133,7 @@ def _answer(
         )
     powers = np.exp(logits[0].astype(np.float64) - logits.max())
     chosen = np.argsort(-powers, kind="stable")[:top]
-    found = [
+    classes = [
         {
             "class": int(index),
             "label": f"class {index}" if names is None else names[index],
@@ -141,7 +141,7 @@ def _answer(
         }
         for index in chosen
     ]
-    return {"photograph": str(path), "top": found}
+    return {"photograph": str(path), "top": classes}
 
 
 def _resident_bytes() -> int:
