@@ -66,8 +66,8 @@ class _Given:
     weights: dict[str, ort.OrtValue]
 
     def run(self, image: str, answer: str, inputs: Array) -> Array:
-        given = self.weights | {image: ort.OrtValue.ortvalue_from_numpy(inputs)}
-        logits: Array = self.session.run_with_ort_values([answer], given)[0].numpy()
+        inputs_by_name = self.weights | {image: ort.OrtValue.ortvalue_from_numpy(inputs)}
+        logits: Array = self.session.run_with_ort_values([answer], inputs_by_name)[0].numpy()
         return logits
 
 

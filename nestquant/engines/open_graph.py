@@ -43,9 +43,9 @@ def with_weights_as_inputs(graph: bytes, layout: Layout) -> bytes:
     """
     model = _model_type().FromString(graph)
     names = {tensor.name for tensor in layout.tensors}
-    kept = [constant for constant in model.graph.initializer if constant.name not in names]
+    constants = [constant for constant in model.graph.initializer if constant.name not in names]
     del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(constants)
     for tensor in layout.tensors:
         described = model.graph.input.add(name=tensor.name)
         described.type.tensor_type.elem_type = _ELEMENT_TYPES[tensor.dtype]
