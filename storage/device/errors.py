@@ -44,10 +44,14 @@ class SourceNotFound(SourceError):
 
 
 class SourceDenied(SourceError):
-    """The source refuses: 401 or 403, an expired presigned URL, credentials that ended."""
+    """The source refuses: 401 or 403, an expired presigned URL, credentials that ended.
 
-    def __init__(self, message: str) -> None:
+    ``challenge``: how it wants to be asked (``WWW-Authenticate``), where it says so.
+    """
+
+    def __init__(self, message: str, *, challenge: str | None = None) -> None:
         super().__init__(message, retryable=False)
+        self.challenge = challenge
 
 
 class SourceChanged(SourceError):

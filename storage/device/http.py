@@ -201,7 +201,8 @@ def _refusal(response: BaseHTTPResponse, key: str, start: int) -> SourceError:
     if response.status in {404, 410}:
         return SourceNotFound(said)
     if response.status in {401, 403}:
-        return SourceDenied(f"{said}{_skew(response.headers.get('Date'))}")
+        challenge = response.headers.get("WWW-Authenticate")
+        return SourceDenied(f"{said}{_skew(response.headers.get('Date'))}", challenge=challenge)
     if response.status == 416:
         content_range = response.headers.get("Content-Range", "")[:80]
         return SourceChanged(f"{said}: nothing from byte {start} on (Content-Range {content_range!r})")

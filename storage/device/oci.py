@@ -10,8 +10,9 @@ fetching order: documents, base, high shards, low shards.
 
 from __future__ import annotations
 
+import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 from storage.device.bundle import documents_of
 from storage.device.cache import blobs_of
 from storage.device.errors import SourceDenied, SourceError, SourceNotFound
-from storage.device.http import HttpClient, PresignedSource
+from storage.device.http import HttpClient
+from storage.device.registry_auth import RegistrySource, docker_credentials
 from storage.device.source import Body, Documents
 from storage.digest import digest_bytes
 from storage.document import parse_json
@@ -95,9 +97,15 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
     place = Place.parse(uri)
     version = Registry(store).resolve(name, ref)
     documents = documents_of(store, name, version)
-    _greet(place)
-    oras = Oras(hostname=place.host, insecure=place.base_url.startswith("http:"))
-    oras.auth.load_configs(oras.get_container(f"{place.host}/{place.repository}:{place.tag}"))
+    scheme = "basic" if _greet(place).lower().startswith("basic") else "token"
+    oras = Oras(hostname=place.host, insecure=place.base_url.startswith("http:"), auth_backend=scheme)
+    try:
+        known = docker_credentials(place.host)
+    except SourceDenied as error:
+        raise AccessDenied(str(error)) from error
+    if known is not None:
+        user, _, password = base64.b64decode(known).decode().partition(":")
+        oras.auth.set_basic_auth(user, password)
     config = _config(version)
     layers = [_layer(DOCUMENT_TYPE, raw, key) for key, raw in documents]
     sent = 0
@@ -129,14 +137,14 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
     return Pushed(version.version, upload.digest, tags, sent, size_bytes)
 
 
-def _greet(place: Place) -> None:
-    """Ask whether a registry answers at all, once: oras would try for two minutes."""
+def _greet(place: Place) -> str:
+    """Ask whether a registry answers at all, once: oras would try for two minutes. Return its challenge, if any."""
     address = f"{place.base_url.partition('/v2/')[0]}/v2/"
     try:
         with HttpClient().open(address, "the registry's greeting"):
-            return
-    except SourceDenied:  # it wants credentials, which oras brings
-        return
+            return ""
+    except SourceDenied as error:  # it wants credentials, which oras brings
+        return error.challenge or ""
     except SourceError as error:
         raise StoreUnavailable(f"{place.host}: {error}; is it a registry?") from error
 
@@ -220,7 +228,7 @@ def _config(version: Resolved) -> bytes:
 
 @dataclass
 class OciSource:
-    """Reads a version from a registry that gives it to anyone, or to whom ``client`` carries a header for.
+    """Reads a version from a registry: as anyone, or as whom ``docker login`` noted (`storage.device.registry_auth`).
 
     The artifact's manifest is read once; each object is one request by digest, resumed like any other over HTTP.
     """
@@ -228,14 +236,25 @@ class OciSource:
     place: Place
     client: HttpClient = field(default_factory=HttpClient)
     _urls: dict[str, str] | None = None
+    _asked: RegistrySource | None = None
 
     @contextmanager
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
         """Open the layer that is named ``key``."""
-        with PresignedSource(self._url, self.client).open(key, start=start, etag=etag) as body:
+        url = self._url(key)
+        with self._registry(lambda _: url).open(key, start=start, etag=etag) as body:
             yield body
 
-    def _url(self, key: str, _fresh: bool) -> str:
+    def _registry(self, url_for: Callable[[str], str]) -> RegistrySource:
+        """Return the one that keeps the registry's token, for other addresses."""
+        if self._asked is None:
+            # A blob has one form, whatever is asked for.
+            asking = replace(self.client, headers={**self.client.headers, "Accept": f"{MANIFEST_TYPE}, */*;q=0.1"})
+            self._asked = RegistrySource(self.place.host, self.place.repository, url_for, asking)
+        self._asked.url_for = url_for
+        return self._asked
+
+    def _url(self, key: str) -> str:
         if self._urls is None:
             self._urls = self._read()
         if key not in self._urls:
@@ -246,8 +265,7 @@ class OciSource:
     def _read(self) -> dict[str, str]:
         url = f"{self.place.base_url}/manifests/{self.place.tag}"
         what = f"{self.place.repository}:{self.place.tag}"
-        asking = replace(self.client, headers={**self.client.headers, "Accept": MANIFEST_TYPE})
-        raw = Documents(PresignedSource(lambda _key, _fresh: url, asking)).read(what, max_bytes=_MAX_MANIFEST_BYTES)
+        raw = Documents(self._registry(lambda _: url)).read(what, max_bytes=_MAX_MANIFEST_BYTES)
         try:
             fields: dict[str, str] = {}
             for layer in parse_json(raw)["layers"]:

@@ -10,8 +10,8 @@ from tests.servers.process import find_program, free_port, running, wait_for_por
 
 
 @contextmanager
-def oci(folder: Path) -> Iterator[str]:
-    """Run a registry and yield its ``host:port``."""
+def oci(folder: Path, auth: str = "") -> Iterator[str]:
+    """Run a registry and yield its ``host:port``; ``auth`` is a line of its configuration."""
     program = find_program("docker-registry")
     assert program
     port, log, config = free_port(), folder / "registry.log", folder / "config.yml"
@@ -19,6 +19,7 @@ def oci(folder: Path) -> Iterator[str]:
         "version: 0.1\nlog: {level: warn}\n"
         f"storage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
         f"http: {{addr: '127.0.0.1:{port}', secret: test}}\n"
+        f"{auth}\n"
     )
     with running([program, "serve", str(config)], log) as process:
         wait_for_port(port, process, log)
