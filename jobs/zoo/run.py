@@ -114,7 +114,8 @@ def _request(job: ZooJob) -> str:
     try:
         return request_digest(job.spec)
     except (WorkError, StorageError):
-        return digest_bytes(job.spec.model_dump_json().encode())
+        later = {"model": {"code"}} if job.spec.model.code is None else None  # a key that earlier releases had not
+        return digest_bytes(job.spec.model_dump_json(exclude=later).encode())
 
 
 def _one(job: ZooJob, request: str, executor: Executor, ledger: ZooLedger, listen: ZooListener) -> ZooRow | None:
