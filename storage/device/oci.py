@@ -100,11 +100,11 @@ def push(store: BlobStore, name: str, ref: str, uri: str) -> Pushed:
     scheme = "basic" if _greet(place).lower().startswith("basic") else "token"
     oras = Oras(hostname=place.host, insecure=place.base_url.startswith("http:"), auth_backend=scheme)
     try:
-        known = docker_credentials(place.host)
+        credentials = docker_credentials(place.host)
     except SourceDenied as error:
         raise AccessDenied(str(error)) from error
-    if known is not None:
-        user, _, password = base64.b64decode(known).decode().partition(":")
+    if credentials is not None:
+        user, _, password = base64.b64decode(credentials).decode().partition(":")
         oras.auth.set_basic_auth(user, password)
     config = _config(version)
     layers = [_layer(DOCUMENT_TYPE, raw, key) for key, raw in documents]
@@ -236,7 +236,7 @@ class OciSource:
     place: Place
     client: HttpClient = field(default_factory=HttpClient)
     _urls: dict[str, str] | None = None
-    _asked: RegistrySource | None = None
+    _registry_source: RegistrySource | None = None
 
     @contextmanager
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
@@ -247,12 +247,12 @@ class OciSource:
 
     def _registry(self, url_for: Callable[[str], str]) -> RegistrySource:
         """Return the one that keeps the registry's token, for other addresses."""
-        if self._asked is None:
+        if self._registry_source is None:
             # A blob has one form, whatever is asked for.
             asking = replace(self.client, headers={**self.client.headers, "Accept": f"{MANIFEST_TYPE}, */*;q=0.1"})
-            self._asked = RegistrySource(self.place.host, self.place.repository, url_for, asking)
-        self._asked.url_for = url_for
-        return self._asked
+            self._registry_source = RegistrySource(self.place.host, self.place.repository, url_for, asking)
+        self._registry_source.url_for = url_for
+        return self._registry_source
 
     def _url(self, key: str) -> str:
         if self._urls is None:

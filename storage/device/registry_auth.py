@@ -71,11 +71,11 @@ def authorization(challenge: str, host: str, client: HttpClient, *, scope: str) 
         SourceError: the token service does not answer, or not with a token.
     """
     scheme, _, rest = challenge.partition(" ")
-    known = docker_credentials(host)
+    credentials = docker_credentials(host)
     if scheme.lower() == "basic":
-        if known is None:
+        if credentials is None:
             raise SourceDenied(f"{host} wants a user and a password; 'docker login {host}' first")
-        return f"Basic {known}"
+        return f"Basic {credentials}"
     parameters = dict(_PARAMETER.findall(rest))
     realm = parameters.get("realm", "")
     parts = urlsplit(realm)
@@ -85,13 +85,15 @@ def authorization(challenge: str, host: str, client: HttpClient, *, scope: str) 
         raise SourceDenied(f"{host} sends for its token to an address without https; nothing is sent there")
     query = {key: parameters[key] for key in ("service",) if key in parameters}
     query["scope"] = parameters.get("scope") or scope
-    asking = replace(client, headers={} if known is None else {"Authorization": f"Basic {known}"})
+    asking = replace(client, headers={} if credentials is None else {"Authorization": f"Basic {credentials}"})
     what = f"the token of {host}"
     try:
         with asking.open(f"{realm}{'&' if parts.query else '?'}{urlencode(query)}", what) as body:
             raw = b"".join(_bounded(body.chunks))
     except SourceDenied as error:
-        advice = f"'docker login {host}' first" if known is None else "its password is not the one of 'docker login'"
+        advice = (
+            f"'docker login {host}' first" if credentials is None else "its password is not the one of 'docker login'"
+        )
         raise SourceDenied(f"{error}: {advice}") from error
     try:
         document = parse_json(raw)
@@ -105,10 +107,10 @@ def authorization(challenge: str, host: str, client: HttpClient, *, scope: str) 
 
 
 def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    left = _MAX_TOKEN_BYTES
+    budget = _MAX_TOKEN_BYTES
     for chunk in chunks:
-        left -= len(chunk)
-        if left < 0:
+        budget -= len(chunk)
+        if budget < 0:
             raise SourceError("the token service sends more than a token", retryable=False)
         yield chunk
 
