@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-import jobs.cli.commands.export
+import jobs.cli.options
 import nestquant.config
 import nestquant.surgery
 import storage.manifest
@@ -23,7 +23,7 @@ def test_the_method_and_the_store_name_the_same_schemes_and_layers() -> None:
 
 
 def test_the_command_line_and_the_store_name_the_same_engines() -> None:
-    assert get_args(jobs.cli.commands.export.Engine) == get_args(storage.manifest.Engine)
+    assert get_args(jobs.cli.options.Engine) == get_args(storage.manifest.Engine)
 
 
 def test_every_kind_of_layer_is_one_that_surgery_finds() -> None:

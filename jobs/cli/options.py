@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,6 +39,7 @@ Code = Annotated[
     str | None,
     typer.Option("--code", metavar="FILE", help="The factory's .py file, package or .zip, if not installed."),
 ]
+Engine = Literal["onnx"]  # that of ``storage.manifest``, which loads pydantic: '--help' does without
 DEFAULT_CACHE = Path("nestquant-cache")
 
 

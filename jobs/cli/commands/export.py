@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Code, Factory, Json, Model, Store, print_json, split_ref, trust_factory
+from jobs.cli.options import Code, Engine, Factory, Json, Model, Store, print_json, split_ref, trust_factory
 from storage.wording import size
-
-Engine = Literal["onnx"]  # that of ``storage.manifest``, which loads pydantic: '--help' does without
 
 
 def register(app: typer.Typer) -> None:

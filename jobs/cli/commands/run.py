@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json
-from storage.manifest import Engine
+from jobs.cli.options import DEFAULT_CACHE, Cache, Engine, Json, print_json
 from storage.wording import size
 
 if TYPE_CHECKING:
