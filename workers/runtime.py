@@ -257,7 +257,11 @@ def _check_outline(manifest: Manifest, network: nn.Module | None) -> None:
     model, where = manifest.model, f"{manifest.name} version {manifest.version}"
     most = _REGISTERED_MORE * (model.parameters + 1_000_000)
     try:
-        outline = network or networks.build(model.library, model.arch, model.kwargs, meta=True, most_values=most)
+        outline = (
+            networks.build(model.library, model.arch, model.kwargs, meta=True, most_values=most)
+            if network is None
+            else network
+        )
     except ModelError as error:
         raise ArtifactError(f"{where}: {error}") from error
     count = sum(parameter.numel() for parameter in outline.parameters())

@@ -17,8 +17,7 @@ from nestquant.surgery import ExecutionOrder, execution_order, find_layers
 from workers.errors import DataError
 from workers.forward import extents, run_network
 from workers.in_memory import shallow_copy
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from workers.inputs.networks import IMAGENET_MEAN, IMAGENET_STD, for_channels
 
 Batches = Tensor | Iterable[Any]
 
@@ -72,8 +71,8 @@ def preprocessing_of(
     """Return how images of a shape are normalised. Raises ``SpecError`` where mean or std do not fit it."""
     channels, height, width = input_shape
     values = [
-        tuple(values) if values is not None else default if channels == len(default) else (sum(default) / 3,) * channels
-        for values, default in zip((mean, std), IMAGENET, strict=True)
+        tuple(values) if values is not None else for_channels(default, channels)
+        for values, default in ((mean, IMAGENET_MEAN), (std, IMAGENET_STD))
     ]
     if not len(values[0]) == len(values[1]) == channels:
         raise SpecError(

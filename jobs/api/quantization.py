@@ -21,6 +21,7 @@ from jobs.spec.quantize import ActivationSpec, QuantizeSpec
 from jobs.stages.calibration import quantized_inputs, read_range
 from jobs.stages.plan import Plan, plan_layers
 from jobs.stages.publishing import TOOLS
+from jobs.stages.reconstruction import without_data
 from jobs.versions import tool_versions
 from nestquant.modules import from_float
 from nestquant.nested_weight import Residency
@@ -33,7 +34,6 @@ from storage.manifest import (
     CalibrationRecord,
     Manifest,
     ModelRecord,
-    Origin,
     ShardGroup,
 )
 from storage.registry import Registry
@@ -44,13 +44,11 @@ from workers.calibrate import NOISE_BATCH, NOISE_SEED, Observed
 from workers.errors import DataError, ModelError, one_line, shown
 from workers.forward import extents
 from workers.in_memory import Solved, observe_inputs, round_alone, solve, synthesized
+from workers.inputs.entry import LIBRARY
 from workers.inputs.values import check_values
 from workers.quantize import as_numpy, encode_group
 from workers.synthesize import CHUNK, SAMPLES
 from workers.tasks import GroupRecord
-
-OWN: Origin = "own"
-"""What a manifest says of a network that no library builds by name."""
 
 Recipe = Literal["paper", "calibrated", "data_free"]
 
@@ -298,7 +296,7 @@ def _stored(
         name=name,
         version=1,
         model=ModelRecord(
-            library=OWN,
+            library=LIBRARY,
             arch=f"{type(model).__module__}:{type(model).__qualname__}",
             kwargs={},
             source_digest=digest_tensors(state.items()),
@@ -335,14 +333,8 @@ def _rows(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
 
 
 def _notes(order: ExecutionOrder, solved: Mapping[str, Solved], spec: QuantizeSpec) -> list[str]:
-    reasons: dict[str, list[str]] = {}
-    if spec.recipe != "paper":
-        for layer, one in solved.items():
-            if one.without is not None:
-                reasons.setdefault(one.without, []).append(layer)
-    notes = [
-        f"{len(layers)} layers were rounded without data ({why}): {shown(layers)}." for why, layers in reasons.items()
-    ]
+    unsolved = ((layer, one.without) for layer, one in solved.items() if one.without is not None)
+    notes = [] if spec.recipe == "paper" else list(without_data(unsolved))
     if order.never_ran:
         notes.append(f"{len(order.never_ran)} layers never ran: {shown(list(order.never_ran))}.")
     return notes

@@ -68,6 +68,14 @@ def trust_factory(factory: str | None, code: str | None) -> None:
     trust_entry(factory, code)
 
 
+def mode_of(level: int, count: int) -> str:
+    """Return what runs at a level of so many: ``part-bit``, ``full-bit`` or ``level 1 of 2``."""
+    from storage.manifest import level_name
+
+    word = level_name(level, count)
+    return word if level in (0, count - 1) else f"{word} of {count - 1}"
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     typer.echo(json.dumps(document, indent=2, sort_keys=True))

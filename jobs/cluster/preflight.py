@@ -25,13 +25,10 @@ def preflight(cluster: Cluster, record: JobRecord, spec: JobSpec) -> tuple[Answe
     Raises:
         ClusterError: one of them lacks something; a line for each fault, with the machine that it is on.
     """
-    sections = (("model", "checkpoint"), ("calibration", "data"), ("evaluate", "data"))
-    document = spec.model_dump(mode="json")
-    inputs = [(f"{section}.{key}", document[section][key]) for section, key in sections if document[section]]
     question = Question(
         store=record.store.uri,
         request=record.request,
-        inputs=tuple((key, uri) for key, uri in inputs if uri is not None),
+        inputs=tuple((".".join(place), uri) for place, uri in spec.inputs.items()),
         cpus_per_task=spec.cluster.cpus_per_task,
         node_timeout_s=spec.cluster.node_timeout_s,
     )

@@ -7,7 +7,6 @@ It asks what only those machines can tell: which packages they have, whether the
 from __future__ import annotations
 
 import json
-import platform
 import socket
 import sys
 from dataclasses import asdict, dataclass
@@ -70,7 +69,7 @@ def _store_faults(question: Question, role: str) -> list[str]:
         if not store.exists(record.spec_key):
             return [f"{store.uri} is there, without what was just written to it: is it a folder that is not shared?"]
         key = f"{record.prefix}/probe.{role}"
-        store.put(key, platform.node().encode(), mode="overwrite")
+        store.put(key, socket.gethostname().encode(), mode="overwrite")
         store.delete(key)
     except (StorageError, OSError) as error:
         return [str(error).rstrip(".")]

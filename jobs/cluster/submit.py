@@ -159,9 +159,8 @@ def portable(spec: JobSpec, store: BlobStore) -> JobSpec:
     """
     document: dict[str, Any] = spec.model_dump(mode="json")
     document["store"]["uri"] = store.uri
-    for section, key in (("model", "checkpoint"), ("calibration", "data"), ("evaluate", "data")):
-        if document[section] is not None and document[section][key] is not None:
-            document[section][key] = _reachable(document[section][key], store, f"{section}.{key}")
+    for (section, key), uri in spec.inputs.items():
+        document[section][key] = _reachable(uri, store, f"{section}.{key}")
     if spec.model.code is not None and not isinstance(store, LocalStore):
         with scratch("job") as folder:
             packed = folder / "code.zip"

@@ -236,6 +236,16 @@ class JobSpec(Section):
         """Tell whether the job measures what each layer alone loses."""
         return self.quantize.mixed is not None or self.analysis is not None
 
+    @property
+    def inputs(self) -> dict[tuple[str, str], str]:
+        """Return the files that the job reads, a checkpoint and image sets: section and key -> path or URI."""
+        places = {
+            ("model", "checkpoint"): self.model.checkpoint,
+            ("calibration", "data"): None if self.calibration is None else self.calibration.data,
+            ("evaluate", "data"): None if self.evaluate is None else self.evaluate.data,
+        }
+        return {place: uri for place, uri in places.items() if uri is not None}
+
     def identity(self, *, source_digest: str, calibration_digest: str | None, code_digest: str | None = None) -> str:
         """Return the job's digest: what is asked, of which bytes, by which method.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from jobs.events import StageClock
@@ -35,18 +35,18 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
         if len(solved) < len(layers):
             _solve(job, images, executor, solved, clock.progress("reconstruct"))
     ordered = tuple(solved[index] for index in range(len(layers)))
-    return replace(job, reconstruction=Reconstruction(ordered, _notes(ordered)))
+    notes = without_data((record.layer, record.without) for record in ordered if not record.biases)
+    return replace(job, reconstruction=Reconstruction(ordered, notes))
 
 
-def _notes(solved: Sequence[SolvedRecord]) -> tuple[str, ...]:
-    """Return one line for each reason for which layers were rounded without data."""
+def without_data(layers: Iterable[tuple[str, str | None]]) -> tuple[str, ...]:
+    """Return one line for each reason for which layers were rounded without data: ``(layer, reason)``."""
     reasons: dict[str | None, list[str]] = {}
-    for record in solved:
-        if not record.biases:
-            reasons.setdefault(record.without, []).append(record.layer)
+    for layer, reason in layers:
+        reasons.setdefault(reason, []).append(layer)
     return tuple(
-        f"{len(layers)} layers were rounded without data{'' if reason is None else f' ({reason})'}: {shown(layers)}."
-        for reason, layers in reasons.items()
+        f"{len(names)} layers were rounded without data{'' if reason is None else f' ({reason})'}: {shown(names)}."
+        for reason, names in reasons.items()
     )
 
 

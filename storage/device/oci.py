@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +24,7 @@ from storage.device.bundle import documents_of
 from storage.device.cache import blobs_of
 from storage.device.errors import SourceDenied, SourceError, SourceNotFound
 from storage.device.http import HttpClient
-from storage.device.registry_auth import RegistrySource, docker_credentials
+from storage.device.registry_auth import LOCAL_HOSTS, At, RegistryClient, docker_credentials
 from storage.device.source import Body, Documents
 from storage.digest import digest_bytes
 from storage.document import parse_json
@@ -44,7 +45,6 @@ _URI = re.compile(
     r"oci://(?P<host>[a-zA-Z0-9.-]+(?::[0-9]{1,5})?)/(?P<repository>[a-z0-9]+(?:[._/-]+[a-z0-9]+)*)"
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?"
 )
-_LOCAL = ("localhost", "127.0.0.1")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_MANIFEST_BYTES = 4 << 20  # what registries take (OCI distribution specification 1.1, pushing manifests)
 
@@ -68,7 +68,7 @@ class Place:
     @property
     def base_url(self) -> str:
         """The repository's address: http on this machine alone, https elsewhere."""
-        scheme = "http" if self.host.partition(":")[0] in _LOCAL else "https"
+        scheme = "http" if self.host.partition(":")[0] in LOCAL_HOSTS else "https"
         return f"{scheme}://{self.host}/v2/{self.repository}"
 
 
@@ -236,23 +236,18 @@ class OciSource:
     place: Place
     client: HttpClient = field(default_factory=HttpClient)
     _urls: dict[str, str] | None = None
-    _registry_source: RegistrySource | None = None
 
     @contextmanager
     def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
         """Open the layer that is named ``key``."""
-        url = self._url(key)
-        with self._registry(lambda _: url).open(key, start=start, etag=etag) as body:
+        with self._registry.open(self._url(key), key, start=start, etag=etag) as body:
             yield body
 
-    def _registry(self, url_for: Callable[[str], str]) -> RegistrySource:
-        """Return the one that keeps the registry's token, for other addresses."""
-        if self._registry_source is None:
-            # A blob has one form, whatever is asked for.
-            asking = replace(self.client, headers={**self.client.headers, "Accept": f"{MANIFEST_TYPE}, */*;q=0.1"})
-            self._registry_source = RegistrySource(self.place.host, self.place.repository, url_for, asking)
-        self._registry_source.url_for = url_for
-        return self._registry_source
+    @cached_property
+    def _registry(self) -> RegistryClient:
+        # A blob has one form, whatever is asked for.
+        asking = replace(self.client, headers={**self.client.headers, "Accept": f"{MANIFEST_TYPE}, */*;q=0.1"})
+        return RegistryClient(self.place.host, self.place.repository, asking)
 
     def _url(self, key: str) -> str:
         if self._urls is None:
@@ -265,7 +260,7 @@ class OciSource:
     def _read(self) -> dict[str, str]:
         url = f"{self.place.base_url}/manifests/{self.place.tag}"
         what = f"{self.place.repository}:{self.place.tag}"
-        raw = Documents(self._registry(lambda _: url)).read(what, max_bytes=_MAX_MANIFEST_BYTES)
+        raw = Documents(At(url, self._registry)).read(what, max_bytes=_MAX_MANIFEST_BYTES)
         try:
             fields: dict[str, str] = {}
             for layer in parse_json(raw)["layers"]:

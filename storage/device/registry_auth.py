@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlencode, urlsplit
 
 from storage.device.errors import SourceDenied, SourceError
 from storage.device.http import HttpClient
-from storage.device.source import Body
+from storage.device.source import Body, Documents
 from storage.document import parse_json
 
 _MAX_TOKEN_BYTES = 1 << 20
 _MAX_CONFIG_BYTES = 1 << 20
 _PARAMETER = re.compile(r'(\w+)="([^"]*)"')
-_LOCAL = ("localhost", "127.0.0.1")
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
+"""Where plain http is taken."""
 
 
 def docker_credentials(host: str) -> str | None:
@@ -81,15 +83,14 @@ def authorization(challenge: str, host: str, client: HttpClient, *, scope: str) 
     parts = urlsplit(realm)
     if scheme.lower() != "bearer" or parts.scheme not in {"http", "https"} or not parts.hostname:
         raise SourceDenied(f"{host} wants to be asked by {scheme[:20]!r}; known are Basic, and Bearer with a realm")
-    if parts.scheme == "http" and parts.hostname not in _LOCAL:
+    if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS:
         raise SourceDenied(f"{host} sends for its token to an address without https; nothing is sent there")
     query = {key: parameters[key] for key in ("service",) if key in parameters}
     query["scope"] = parameters.get("scope") or scope
     asking = replace(client, headers={} if credentials is None else {"Authorization": f"Basic {credentials}"})
-    what = f"the token of {host}"
+    what, url = f"the token of {host}", f"{realm}{'&' if parts.query else '?'}{urlencode(query)}"
     try:
-        with asking.open(f"{realm}{'&' if parts.query else '?'}{urlencode(query)}", what) as body:
-            raw = b"".join(_bounded(body.chunks))
+        raw = Documents(At(url, asking)).read(what, max_bytes=_MAX_TOKEN_BYTES)
     except SourceDenied as error:
         advice = (
             f"'docker login {host}' first" if credentials is None else "its password is not the one of 'docker login'"
@@ -106,31 +107,40 @@ def authorization(challenge: str, host: str, client: HttpClient, *, scope: str) 
     return f"Bearer {token}"
 
 
-def _bounded(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    budget = _MAX_TOKEN_BYTES
-    for chunk in chunks:
-        budget -= len(chunk)
-        if budget < 0:
-            raise SourceError("the token service sends more than a token", retryable=False)
-        yield chunk
+class Client(Protocol):
+    """What opens addresses: an ``HttpClient``, or a ``RegistryClient``."""
+
+    def open(self, url: str, key: str, *, start: int = 0, etag: str | None = None) -> AbstractContextManager[Body]:
+        """Open ``url``; ``key`` is its name in errors."""
+        ...
+
+
+@dataclass(frozen=True)
+class At:
+    """One document at one address, whatever it is called."""
+
+    url: str
+    client: Client
+
+    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> AbstractContextManager[Body]:
+        """Open the document."""
+        return self.client.open(self.url, key, start=start, etag=etag)
 
 
 @dataclass
-class RegistrySource:
-    """Objects of one repository, each at an address; a refusal with a challenge is answered once for every request, as
-    tokens end after some minutes.
+class RegistryClient:
+    """GET from one repository; a refusal with a challenge is answered once for every request, as tokens end after some
+    minutes.
     """
 
     host: str
     repository: str
-    url_for: Callable[[str], str]
     client: HttpClient
     _asking: HttpClient | None = field(default=None, repr=False)
 
     @contextmanager
-    def open(self, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
-        """Open what stands at the key's address."""
-        url = self.url_for(key)
+    def open(self, url: str, key: str, *, start: int = 0, etag: str | None = None) -> Iterator[Body]:
+        """Open ``url``; ``key`` is its name in errors."""
         with ExitStack() as stack:
             try:
                 body = stack.enter_context((self._asking or self.client).open(url, key, start=start, etag=etag))

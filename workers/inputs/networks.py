@@ -160,8 +160,8 @@ def default_preprocessing(library: str, model: nn.Module, kwargs: Mapping[str, A
     return Preprocessing(
         size=_square((height, width)),
         resize=_square((round(height / 0.875), round(width / 0.875))) if large else None,
-        mean=_for_channels(IMAGENET_MEAN, channels),
-        std=_for_channels(IMAGENET_STD, channels),
+        mean=for_channels(IMAGENET_MEAN, channels),
+        std=for_channels(IMAGENET_STD, channels),
     )
 
 
@@ -178,13 +178,13 @@ def _timm_preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Prepr
     return Preprocessing(
         size=_square((height, width)),
         resize=_square((round(height / crop), round(width / crop))),
-        mean=_for_channels(config["mean"], channels),
-        std=_for_channels(config["std"], channels),
+        mean=for_channels(config["mean"], channels),
+        std=for_channels(config["std"], channels),
         interpolation=config["interpolation"] if config["interpolation"] in ("bilinear", "bicubic") else "bicubic",
     )
 
 
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Return the values, or their average for each channel where there are more or fewer."""
     numbers = tuple(float(value) for value in values)
     return numbers if len(numbers) == channels else (sum(numbers) / len(numbers),) * channels

@@ -145,13 +145,7 @@ class NodeCache:
         with writing(self.folder):
             file.chmod(0o400)
             version = file_version(file.stat())
-            _replace(record, json.dumps({"etag": opened.etag, "version": version}))
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_suffix(".new")
-    new.write_text(text)
-    new.replace(path)
+        write_pieces([json.dumps({"etag": opened.etag, "version": version}).encode()], record)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Json, print_json, split_ref
+from jobs.cli.options import DEFAULT_CACHE, Cache, Json, mode_of, print_json, split_ref
 from storage.wording import size
 
 if TYPE_CHECKING:
@@ -305,13 +305,7 @@ def _report(device: Device, moved: Moved, *, as_json: bool) -> None:
         print_json(asdict(moved))
         return
     count = device.manifest(moved.name).level_count()
-    mode = (
-        "full-bit"
-        if moved.level == count - 1
-        else "part-bit"
-        if moved.level == 0
-        else f"level {moved.level} of {count - 1}"
-    )
+    mode = mode_of(moved.level, count)
     parts = [f"{moved.blobs_moved} blobs, {size(moved.received_bytes)} received"]
     figures: list[tuple[str, Any]] = [
         ("resumed", moved.resumed_bytes),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cli.options import DEFAULT_CACHE, Cache, Engine, Json, print_json
+from jobs.cli.options import DEFAULT_CACHE, Cache, Engine, Json, mode_of, print_json
 from storage.wording import size
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(
     names = None if labels is None else _labels(labels)
     milliseconds: list[float] = []
     answers = [_answer(session, path, names, top=top, repeat=repeat, milliseconds=milliseconds) for path in photographs]
-    document = {
+    document: dict[str, Any] = {
         "name": model,
         "version": session.manifest.version,
         "engine": engine,
@@ -68,10 +68,10 @@ def run(
         for one in answer["top"]:
             typer.echo(f"  {one['probability']:6.1%}  {one['label']}")
     count = session.manifest.level_count()
-    mode = {0: "part-bit", count - 1: "full-bit"}.get(session.level, f"level {session.level} of {count - 1}")
     typer.echo(
-        f"{model} version {session.manifest.version}, {mode}, {engine}: {document['median_ms']:.1f} ms a photograph "
-        f"(median of {len(milliseconds)}), {size(_resident_bytes())} resident."
+        f"{model} version {session.manifest.version}, {mode_of(session.level, count)}, {engine}: "
+        f"{document['median_ms']:.1f} ms a photograph (median of {len(milliseconds)}), "
+        f"{size(document['resident_bytes'])} resident."
     )
 
 

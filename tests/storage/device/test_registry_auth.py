@@ -83,6 +83,11 @@ class TokenService:
         self.bundle = folder / "bundle.pem"
         self.bundle.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
 
+    def reply(self, path: str, authorization: str | None) -> bytes:
+        if authorization != f"Basic {SECRET}" and not self.public:
+            return b""
+        return json.dumps({"token": self.token(parse_qs(urlsplit(path).query)["scope"][0])}).encode()
+
     def token(self, scope: str) -> str:
         self.given += 1
         kind, name, _ = scope.split(":")
@@ -108,12 +113,12 @@ def _url64(data: bytes) -> str:
 
 
 @contextmanager
-def serving(service: TokenService) -> Iterator[str]:
+def serving(reply: Callable[[str, str | None], bytes]) -> Iterator[str]:
+    """Answer each request with what ``reply(path, authorization)`` returns; with 401 where that is nothing."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            query = parse_qs(urlsplit(self.path).query)
-            known = self.headers.get("Authorization") == f"Basic {SECRET}"
-            body = json.dumps({"token": service.token(query["scope"][0])}).encode() if known or service.public else b""
+            body = reply(self.path, self.headers.get("Authorization"))
             self.send_response(200 if body else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -137,7 +142,7 @@ def test_a_registry_with_a_token_service(oci_registry: str, login: Login, tmp_pa
     service = TokenService(tmp_path, public=public)
     store = LocalStore(tmp_path / "store")
     publish(store)
-    with serving(service) as realm:
+    with serving(service.reply) as realm:
         settings = f"realm: {realm}, service: registry, issuer: tokens, rootcertbundle: {service.bundle}"
         with oci(tmp_path, f"auth: {{token: {{{settings}}}}}") as host:
             place = f"oci://{host}/vision/net"
@@ -181,25 +186,10 @@ def test_a_challenge_that_is_not_followed(login: Login, challenge: str, told: st
     "body", [b"[]", b"{}", b"no json", b'{"token": 7}', b'{"token": "a b"}', b'{"token": "a\\nb"}']
 )
 def test_a_token_service_that_answers_nonsense(login: Login, body: bytes) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        challenge = f'Bearer realm="http://127.0.0.1:{server.server_address[1]}/t",service="s"'
+    with serving(lambda *_: body) as realm:
+        challenge = f'Bearer realm="{realm}",service="s"'
         with pytest.raises(SourceError, match=r"the token of h: 127\.0\.0\.1 answered without one"):
             authorization(challenge, "h", HttpClient(), scope="repository:x:pull")
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def test_what_docker_login_noted(login: Login, tmp_path: Path) -> None:
