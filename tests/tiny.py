@@ -29,7 +29,7 @@ def job_document(*, checkpoint: str, images: str, store: str) -> dict[str, Any]:
     return {
         "name": "tiny",
         "model": {**MODEL, "checkpoint": checkpoint},
-        "quantize": {"bits": [8, 4], "activations": {"observer": "mse"}},
+        "quantize": {"recipe": "paper", "bits": [8, 4], "activations": {"observer": "mse"}},
         "preprocess": {"size": 32},
         "calibration": {"data": images, "samples": 24, "batch_size": 8},
         "evaluate": {"data": images, "accept_chance": True},

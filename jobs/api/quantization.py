@@ -17,7 +17,7 @@ from jobs.errors import SpecError
 from jobs.result import sizes_of
 from jobs.spec.file import parse_as
 from jobs.spec.job import DEFAULT_SHARD_BYTES, METHOD_VERSION
-from jobs.spec.quantize import ActivationSpec, QuantizeSpec
+from jobs.spec.quantize import ActivationSpec, QuantizeSpec, RecipeChoice
 from jobs.stages.calibration import quantized_inputs, read_range
 from jobs.stages.plan import Plan, plan_layers
 from jobs.stages.publishing import TOOLS
@@ -50,14 +50,12 @@ from workers.quantize import as_numpy, encode_group
 from workers.synthesize import CHUNK, SAMPLES
 from workers.tasks import GroupRecord
 
-Recipe = Literal["paper", "calibrated", "data_free"]
-
 
 def quantize(
     model: nn.Module,
     *,
     bits: tuple[int, ...] = (8, 4),
-    recipe: Recipe | None = None,
+    recipe: RecipeChoice = "auto",
     calibration: Batches | None = None,
     samples: int = 256,
     batch_size: int = 32,
@@ -80,8 +78,8 @@ def quantize(
         model: any ``nn.Module``; its Conv1d, Conv2d, ConvTranspose2d, Linear and attention layers are quantized.
         bits: widths from full-bit down: ``(8, 4)`` nests 4 bits in 8, ``(8, 6, 4)`` has two upgrades.
         recipe: ``calibrated`` chooses integers by what the layers see on ``calibration``; ``paper`` by the weights
-            alone; ``data_free`` makes images of its own. By default ``calibrated`` with ``calibration``, else
-            ``paper``.
+            alone; ``data_free`` makes images of its own. ``auto``: ``calibrated`` with ``calibration``; without,
+            ``data_free`` where ``input_shape`` is that of an image, else ``paper``.
         calibration: inputs as the model takes them: a tensor ``[N, ...]``, or an iterable of batches such as a
             ``DataLoader``; of a batch that is a tuple or list the first item counts. No labels.
         samples: inputs taken of ``calibration``, at most; the first ones.
@@ -185,7 +183,7 @@ def quantize(
 def _spec(
     *,
     bits: tuple[int, ...],
-    recipe: Recipe | None,
+    recipe: RecipeChoice,
     calibration: Batches | None,
     activations: int | Mapping[str, Any] | ActivationSpec | None,
     scheme: str,
@@ -194,7 +192,10 @@ def _spec(
     input_shape: tuple[int, ...] | None,
 ) -> QuantizeSpec:
     """Return the recipe's section of a spec, checked like one."""
-    chosen = recipe or ("paper" if calibration is None else "calibrated")
+    makes_images = input_shape is not None and len(input_shape) == 3 and input_shape[0] in (1, 3)
+    chosen = recipe
+    if recipe == "auto":
+        chosen = "calibrated" if calibration is not None else "data_free" if makes_images else "paper"
     if isinstance(activations, int):
         activations = {"bits": activations, "observer": "percentile" if calibration is not None else "sigma"}
     document = {

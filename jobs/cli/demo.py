@@ -135,7 +135,6 @@ def _pretrained(out: Console, bits: list[int], folder: str) -> tuple[dict[str, A
         "arch": photographs.ARCH,
         "checkpoint": str(FOLDER / "weights.safetensors"),
     }
-    document["quantize"]["recipe"] = "calibrated"
     document["calibration"]["samples"] = SAMPLES
     document["preprocess"] = photographs.PREPROCESS
     return document, Compared([path.stem for path in paths], whole, *photographs.answers(network, whole))

@@ -40,6 +40,7 @@ def request_digest(spec: JobSpec) -> str:
         mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}}
     )
     document["method"] = METHOD_VERSION
+    document["quantize"] = spec.effective_quantize.model_dump(mode="json")
     document["model"]["revision"] = revision(spec)
     document["model"].pop("checkpoint")
     code = document["model"].pop("code")

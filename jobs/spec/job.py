@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from jobs.spec.model import ModelSpec, Section, check_kind
-from jobs.spec.quantize import QuantizeSpec
+from jobs.spec.quantize import QuantizeSpec, Recipe
 from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
@@ -194,7 +194,7 @@ class JobSpec(Section):
                 "quantize.mixed.max_drop needs 'calibration: {data: ...}': noise tells layers apart, but predicts no "
                 "drop; 'mean_bits' and 'target_bytes' work without images"
             )
-        if self.quantize.recipe == "data_free":
+        if self.recipe == "data_free":
             if self.calibration is not None:
                 raise ValueError(
                     "quantize.recipe 'data_free' makes images of its own: leave 'calibration' out, or say 'calibrated'"
@@ -232,6 +232,18 @@ class JobSpec(Section):
         return self
 
     @property
+    def recipe(self) -> Recipe:
+        """Return the recipe that the job runs: what ``auto`` comes to is the most accurate that its images allow."""
+        if self.quantize.recipe != "auto":
+            return self.quantize.recipe
+        return "data_free" if self.calibration is None else "calibrated"
+
+    @property
+    def effective_quantize(self) -> QuantizeSpec:
+        """Return the section with the recipe by its own name: ``auto`` and that name are one job."""
+        return self.quantize.model_copy(update={"recipe": self.recipe})
+
+    @property
     def measures_layers(self) -> bool:
         """Tell whether the job measures what each layer alone loses."""
         return self.quantize.mixed is not None or self.analysis is not None
@@ -261,7 +273,7 @@ class JobSpec(Section):
                 "source": source_digest,
                 **({} if code_digest is None else {"code": code_digest}),
             },
-            "quantize": self.quantize.model_dump(mode="json"),
+            "quantize": self.effective_quantize.model_dump(mode="json"),
             "preprocess": self.preprocess.model_dump(mode="json"),
             "calibration": None
             if self.calibration is None

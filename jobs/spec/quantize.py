@@ -11,6 +11,9 @@ from nestquant.config import Observer, Range, Rounding
 from nestquant.config import check_bits as check_method_bits
 from storage.manifest import Scheme
 
+Recipe = Literal["paper", "calibrated", "data_free"]
+RecipeChoice = Literal["auto", "paper", "calibrated", "data_free"]
+
 DEFAULT_CHOICES = (3, 4, 5, 6)
 
 
@@ -69,14 +72,15 @@ class QuantizeSpec(Section):
     ``bits`` counts down from the full width: [8, 4] nests 4 bits in 8; [8, 6, 4] has two upgrades. ``recipe`` names the
     steps: ``paper`` rounds by the weights alone, ``calibrated`` by what the calibration images make of each layer's
     inputs (`nestquant.calibrated`), ``data_free`` the same with images that the job makes itself
-    (`nestquant.synthetic`); in both ``rounding`` counts for layers whose inputs cannot be read.
+    (`nestquant.synthetic`); in both ``rounding`` counts for layers whose inputs cannot be read. ``auto`` is
+    ``calibrated`` where the job has calibration images, ``data_free`` where it has none (`JobSpec.recipe`).
 
     ``range`` says where the largest weight of a channel lies that is rounded by the weights alone: ``full``, at the end
     of the full-bit grid, as published; ``nested``, at the end of what the coarsest grid reaches, so that part-bit does
     not clip it. Solved layers have it there always.
     """
 
-    recipe: Literal["paper", "calibrated", "data_free"] = "paper"
+    recipe: RecipeChoice = "auto"
     bits: tuple[int, ...] = (8, 4)
     scheme: Scheme = "asymmetric"
     rounding: Rounding = "adaptive"

@@ -56,7 +56,7 @@ def task_needs(job: Job, executor: Executor) -> dict[str, Need]:
     needs = []
     if spec.measures_layers:
         needs.append(sensitivity_need(job, sensitivity_samples(job)))
-    if spec.quantize.recipe == "data_free":
+    if spec.recipe == "data_free":
         needs.append(_synthesis_need(job))
     network = _network_bytes(staged) + job.image_bytes
     activations, calibration, evaluation = spec.quantize.activations, spec.calibration, spec.evaluate
@@ -97,7 +97,7 @@ def sensitivity_need(job: Job, samples: int) -> Need:
     """Return what the largest layer's measurement on so many images needs: network, layer, images, moments."""
     spec, staged, calibration = job.spec, job.staged, job.spec.calibration
     batch = BATCH_SIZE if calibration is None else calibration.batch_size
-    solves = spec.quantize.recipe == "calibrated" and calibration is not None
+    solves = spec.recipe == "calibrated" and calibration is not None
     images = max(samples, calibration.samples) if solves and calibration is not None else samples
     layers = job.plan.whole_layers
     largest = max(layer.weights for layer in layers)

@@ -92,7 +92,7 @@ def make_plan(
 ) -> Plan:
     """Plan a job; see ``plan_layers``."""
     return plan_layers(
-        spec.quantize,
+        spec.effective_quantize,
         scan,
         order,
         state,

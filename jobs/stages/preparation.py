@@ -56,7 +56,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         plan=plan,
         observation=Observation(staged.network, spec.calibration, images.digest),
         image_bytes=images.resident_bytes,
-        notes=images.notes,
+        notes=(*_chosen_recipe(spec), *images.notes),
         digest=spec.identity(
             source_digest=staged.source_digest,
             calibration_digest=images.digest,
@@ -81,6 +81,18 @@ def _check_store(registry: Registry, *, single_writer: bool) -> None:
             f"{registry.store.uri}: this store ignores put-if-absent, so two publishers could overwrite each other; "
             "use another store, or say --single-writer if nobody else publishes to it"
         )
+
+
+def _chosen_recipe(spec: JobSpec) -> tuple[str, ...]:
+    """Return a line that says which recipe ``auto`` came to, and why."""
+    if spec.quantize.recipe != "auto":
+        return ()
+    if spec.calibration is not None:
+        return ("recipe: calibrated, as the job has calibration images (quantize.recipe is 'auto')",)
+    return (
+        "recipe: data_free, as the job has no calibration images (quantize.recipe is 'auto'); images of yours give "
+        "more accurate integers, 'recipe: paper' is faster and less accurate",
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,11 @@ def _check_channels(spec: JobSpec, staged: StagedModel) -> None:
         raise PlanError(
             f"{spec.model.library} {spec.model.arch} takes inputs of {channels} channels; images have 1 or 3. Leave "
             "'evaluate' and 'calibration' out, or set model.kwargs."
+        )
+    if channels not in (1, 3) and spec.recipe == "data_free":
+        raise PlanError(
+            f"quantize.recipe {spec.quantize.recipe!r}: a job without calibration images makes its own, of 1 or 3 "
+            f"channels; {spec.model.library} {spec.model.arch} takes {channels}. Say 'recipe: paper', which needs none."
         )
 
 

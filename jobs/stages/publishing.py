@@ -117,7 +117,7 @@ def draft_manifest(job: Job) -> Manifest:
         name=spec.name,
         version=1,
         model=model_record(job),
-        recipe={"method": METHOD_VERSION, **spec.quantize.model_dump(mode="json")},
+        recipe={"method": METHOD_VERSION, **spec.effective_quantize.model_dump(mode="json")},
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
         base=tuple(record.descriptor for record in base),

@@ -74,7 +74,7 @@ def sensitivity_tasks(job: Job, *, samples: int, more_bits: Sequence[int] = ()) 
             layer=layer,
             index=index,
             candidates=_candidates(spec, layer, more_bits),
-            calibrated=spec.quantize.recipe == "calibrated",
+            calibrated=spec.recipe == "calibrated",
             data=None if calibration is None else calibration.data,
             samples=samples,
             stop=0 if calibration is None else calibration.samples,

@@ -32,7 +32,7 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
     Raises:
         WorkError: the network is not finite on them, or takes images that are neither grey nor coloured.
     """
-    if job.spec.quantize.recipe != "data_free":
+    if job.spec.recipe != "data_free":
         return job
     with clock.stage("synthesize"):
         record = find_synthetic(job.registry, job.digest) or _make(job, executor, clock)

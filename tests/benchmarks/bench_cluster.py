@@ -166,6 +166,7 @@ def _document(model: tuple[str, str], store: Path, weights: dict[str, Any]) -> d
     return {
         "name": "bench",
         "model": {"library": model[0], "arch": model[1], **weights},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(store), "shard_bytes": 1 << 20},
         "cluster": {"task_weights": 1},
     }

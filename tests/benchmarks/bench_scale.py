@@ -81,6 +81,7 @@ def _run(name: str, store: Path, weights: dict[str, Any], address: str, raylets:
     spec = {
         "name": "scale",
         "model": {"library": "timm", "arch": arch, "kwargs": kwargs, **weights},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(store)},
         "cluster": {"address": address},
     }
@@ -155,6 +156,7 @@ def staging(name: str) -> str:
             {
                 "name": "scale",
                 "model": {"library": "timm", "arch": arch, "kwargs": kwargs, "checkpoint": str(checkpoint)},
+                "quantize": {"recipe": "paper"},
                 "store": {"uri": str(Path(scratch) / "store")},
             },
             where="bench_scale",

@@ -54,11 +54,12 @@ JOBS: dict[str, dict[str, Any]] = {
     "mixed-paper": {"quantize.mixed": {**_MIXED, "mean_bits": None, "target_bytes": 190_000}, "analysis": None},
     "analysis": {"analysis": {"samples": 8}},
     "symmetric": {
-        "quantize": {"bits": [8, 5], "scheme": "symmetric", "activations": {"observer": "sigma"}},
+        "quantize": {"recipe": "paper", "bits": [8, 5], "scheme": "symmetric", "activations": {"observer": "sigma"}},
         "calibration": None,
     },
     "three-levels": {
         "quantize": {
+            "recipe": "paper",
             "bits": [8, 6, 4],
             "ignore": ["conv1.0"],
             "overrides": {"fc": {"bits": [8]}, "layer3.*": {"scheme": "symmetric", "rounding": "nearest"}},
@@ -200,7 +201,10 @@ def _zoo() -> dict[str, Any]:
         ],
         "random_seed": 0,
         "preprocess": {"size": 32, "mean": [0.5], "std": [0.5]},
-        "matrix": {"bits": [[8, 4], [8, 6]]},
+        "recipes": {
+            "8-4": {"recipe": "paper", "bits": [8, 4]},
+            "8-6": {"recipe": "paper", "bits": [8, 6]},
+        },
     }
 
 

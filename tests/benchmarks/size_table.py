@@ -122,7 +122,7 @@ def _row(name: str, library: str, arch: str, *, high: int, folder: Path, done: l
     document = {
         "name": arch,
         "model": {"library": library, "arch": arch, "random_seed": SEED},
-        "quantize": {"bits": (FULL_BITS, high)},
+        "quantize": {"recipe": "paper", "bits": (FULL_BITS, high)},
         "store": {"uri": "unused"},
     }
     spec = parse_spec(document, where=name)

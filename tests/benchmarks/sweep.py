@@ -173,6 +173,7 @@ def _run(row: Row, folder: Path) -> dict[str, Any]:
     document = {
         "name": re.sub(r"[^a-z0-9._-]+", "-", row.arch.lower()).strip("._-"),
         "model": {"library": row.library, "arch": row.arch, "random_seed": 0},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(folder / "store")},
     }
     result = run_job(parse_spec(document, where=row.arch), InProcessExecutor())

@@ -94,7 +94,10 @@ def document(folder: Path) -> dict[str, Any]:
             ),
             *({"models": name, "random_seed": 0, "recipes": ["w8-4"]} for name in RANDOM[len(RANDOM) // 2 :]),
         ],
-        "recipes": {"w8-4": {"bits": [8, 4]}, "w8-4a8": {"bits": [8, 4], "activations": {"bits": 8}}},
+        "recipes": {
+            "w8-4": {"recipe": "paper", "bits": [8, 4]},
+            "w8-4a8": {"recipe": "paper", "bits": [8, 4], "activations": {"bits": 8}},
+        },
         "cluster": {"task_weights": 250_000, "node_timeout_s": 60},
         "max_models": 3,
     }

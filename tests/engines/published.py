@@ -27,7 +27,7 @@ def spec_of(folder: Path, **quantize: Any) -> dict[str, Any]:
         store=str(folder / "store"),
     )
     del document["evaluate"]
-    document["quantize"] = {"bits": [8, 4], "scheme": "symmetric", **quantize}
+    document["quantize"] = {"recipe": "paper", "bits": [8, 4], "scheme": "symmetric", **quantize}
     document["export"] = {"engines": ["onnx"]}
     return document
 

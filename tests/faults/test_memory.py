@@ -124,6 +124,7 @@ def test_inputs_travel_part_by_part(moto_s3: S3Server, tmp_path: Path) -> None:
     document = {
         "name": "net",
         "model": {"library": "timm", "arch": "test_resnet", "checkpoint": str(checkpoint)},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": moto_s3.uri()},
     }
     argv = [sys.executable, "-c", STREAMED, json.dumps(document), str(tmp_path / "job")]

@@ -127,6 +127,7 @@ def test_a_poisoned_layer_fails_the_job_with_its_name_and_keeps_the_others(
             "checkpoint": str(checkpoint),
         },
         "preprocess": {"size": 32},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(tmp_path / "store"), "shard_bytes": 16384},
         "cluster": {"task_weights": 1},
     }
@@ -152,6 +153,7 @@ def test_weights_that_a_worker_makes_are_those_of_one_process(tmp_path: Path) ->
         document = {
             "name": "made",
             "model": {"library": "timm", "arch": "test_resnet", "random_seed": 5},
+            "quantize": {"recipe": "paper"},
             "store": {"uri": str(tmp_path / store), "shard_bytes": 65536},
         }
         return parse_spec(document, where="test")

@@ -63,7 +63,9 @@ def test_a_job_follows_the_network(
     assert len(manifest.preprocessing["mean"]) == len(manifest.preprocessing["std"]) == channels
 
 
-def test_images_of_three_channels_are_no_inputs_of_four(colour_images: str, tiny_document: Document) -> None:
+def test_images_of_three_channels_are_no_inputs_of_four(
+    colour_images: str, tiny_document: Document, tmp_path: Path
+) -> None:
     document = tiny_document(
         calibration=None,
         quantize={"bits": [8, 4]},
@@ -74,4 +76,28 @@ def test_images_of_three_channels_are_no_inputs_of_four(colour_images: str, tiny
     with pytest.raises(PlanError, match="timm test_resnet takes inputs of 4 channels; images have 1 or 3"):
         run_job(parse_spec(document, where="test"), InProcessExecutor())
     document["evaluate"] = None
+    with pytest.raises(
+        PlanError, match=r"'auto': .* makes its own, of 1 or 3 channels; timm test_resnet takes 4. Say 'recipe: paper'"
+    ):
+        run_job(parse_spec(document, where="test"), InProcessExecutor())
+    assert not (tmp_path / "store" / "blobs").exists()
+    document["quantize"] = {"recipe": "paper"}
     assert run_job(parse_spec(document, where="test"), InProcessExecutor()).tags == ("latest",)
+
+
+def test_auto_says_what_it_came_to_and_publishes_it(
+    colour_images: str, tiny_document: Document, tmp_path: Path
+) -> None:
+    images = {"data": colour_images, "samples": 8, "batch_size": 4}
+    made = {
+        "data_free": "recipe: data_free, as the job has no calibration images (quantize.recipe is 'auto')",
+        "calibrated": "recipe: calibrated, as the job has calibration images (quantize.recipe is 'auto')",
+    }
+    for version, (recipe, note) in enumerate(made.items(), start=1):
+        document = tiny_document(
+            quantize={}, calibration=images if recipe == "calibrated" else None, evaluate=None, preprocess={"size": 32}
+        )
+        result = run_job(parse_spec(document, where="test"), InProcessExecutor())
+        assert [one.startswith(note) for one in result.notes if one.startswith("recipe: ")] == [True]
+        manifest = Registry(open_store(str(tmp_path / "store"))).resolve("tiny", version).manifest
+        assert manifest.recipe["recipe"] == recipe

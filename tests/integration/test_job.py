@@ -59,7 +59,12 @@ def whole_document(checkpoint: Path, images: Path, uri: str) -> dict[str, Any]:
             "kwargs": {"num_classes": 10, "in_chans": 3},
             "checkpoint": str(checkpoint),
         },
-        "quantize": {"bits": [8, 6, 4], "activations": {"observer": "mse"}, "overrides": {"fc": {"bits": [8]}}},
+        "quantize": {
+            "recipe": "paper",
+            "bits": [8, 6, 4],
+            "activations": {"observer": "mse"},
+            "overrides": {"fc": {"bits": [8]}},
+        },
         "preprocess": {"size": 32},
         "calibration": {"data": str(images), "samples": 24, "batch_size": 8},
         "evaluate": {"data": str(images), "accept_chance": True},

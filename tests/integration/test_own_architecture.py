@@ -54,6 +54,7 @@ def spec(store: Path | str, *, code: str | None = str(CODE), entry: str = "team_
         "name": "team",
         "model": {**model, **({} if code is None else {"code": code})},
         "preprocess": SIDES,
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(store), "shard_bytes": 4096},
         **keys,
     }

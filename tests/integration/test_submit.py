@@ -56,6 +56,7 @@ def spec(checkpoint: Path, uri: str, **keys: Any) -> JobSpec:
             "checkpoint": str(checkpoint),
         },
         "preprocess": {"size": 32},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": uri},
         "cluster": {"task_weights": 50_000},
         **keys,

@@ -35,6 +35,7 @@ def document(uri: Path | str, **cluster: Any) -> dict[str, Any]:
     return {
         "name": "resnet18",
         "model": {"library": "timm", "arch": "resnet18", "random_seed": 0},
+        "quantize": {"recipe": "paper"},
         "store": {"uri": str(uri), "shard_bytes": 65536},
         "cluster": {"task_weights": 1, **cluster},
     }
@@ -164,7 +165,7 @@ def test_any_number_of_workers_and_any_size_of_tasks_give_the_same_bytes(tiny_im
     def spec(folder: Path, **cluster: Any) -> dict[str, Any]:
         return {
             **document(folder / "store", **cluster),
-            "quantize": {"bits": [8, 6, 4], "activations": {"observer": "mse"}},
+            "quantize": {"recipe": "paper", "bits": [8, 6, 4], "activations": {"observer": "mse"}},
             "preprocess": {"size": 64},
             "calibration": {"data": str(tiny_images), "samples": 40, "batch_size": 4},
         }

@@ -34,7 +34,7 @@ def run(document: dict[str, Any]) -> JobResult:
 
 
 def asked(tiny_document: Document, **changes: Any) -> dict[str, Any]:
-    plain = {"quantize": {"bits": [8, 4]}, "calibration": None, "evaluate__accept_chance": False}
+    plain = {"quantize": {"recipe": "paper", "bits": [8, 4]}, "calibration": None, "evaluate__accept_chance": False}
     return tiny_document(**(plain | changes))
 
 

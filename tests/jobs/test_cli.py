@@ -245,7 +245,12 @@ def test_every_command_has_an_example(nestquant: Run) -> None:
 
 def test_a_target_on_the_command_line_takes_the_place_of_the_spec_s(nestquant: Run, spec: Path) -> None:
     document = yaml.safe_load(spec.read_text())
-    document["quantize"] = {"bits": [8, 4], "ignore": ["layer*"], "mixed": {"mean_bits": 4.0, "samples": 8}}
+    document["quantize"] = {
+        "recipe": "paper",
+        "bits": [8, 4],
+        "ignore": ["layer*"],
+        "mixed": {"mean_bits": 4.0, "samples": 8},
+    }
     spec.write_text(yaml.safe_dump(document))
     code, out, _ = nestquant("quantize", spec, "--local", "--json", "--target-bytes", 6000)
     assert code == 0

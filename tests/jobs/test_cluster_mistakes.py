@@ -25,6 +25,7 @@ from workers.on_ray.executor import RayExecutor, RaySettings
 SPEC = {
     "name": "x",
     "model": {"library": "timm", "arch": "test_resnet", "random_seed": 0},
+    "quantize": {"recipe": "paper"},
     "store": {"uri": "memory://mistakes"},
 }
 

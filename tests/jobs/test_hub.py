@@ -105,7 +105,7 @@ def test_a_network_of_pytorchcv_says_how_it_is_built(tmp_path: Path) -> None:
     document = {
         "name": "net",
         "model": {"library": "pytorchcv", "arch": "resnet20_cifar10", "checkpoint": str(checkpoint)},
-        "quantize": {"activations": None},
+        "quantize": {"recipe": "paper", "activations": None},
         "store": {"uri": str(tmp_path / "store")},
     }
     run_job(parse_spec(document, where="test"), InProcessExecutor())

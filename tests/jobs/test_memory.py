@@ -87,7 +87,7 @@ def test_a_real_calibration_takes_less_than_it_asks_for_and_more_than_half(test_
             "arch": "squeezenet_v1_1",
             "checkpoint": str(test_data / "weights" / "squeezenet_v1_1.safetensors"),
         },
-        "quantize": {"activations": {}},
+        "quantize": {"recipe": "paper", "activations": {}},
         "calibration": {"data": str(test_data / "images" / "imagenet_sample_1000.tar"), "batch_size": 32},
         "store": {"uri": str(tmp_path / "store")},
     }

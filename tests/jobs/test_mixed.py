@@ -119,7 +119,7 @@ def spec(**quantize: object) -> JobSpec:
             "name": "m",
             "model": {"library": "timm", "arch": "x", "random_seed": 0},
             "store": {"uri": "memory://m"},
-            "quantize": quantize,
+            "quantize": {"recipe": "paper", **quantize},
         },
         where="test",
     )

@@ -23,7 +23,7 @@ def spec(**quantize: object) -> JobSpec:
             "name": "m",
             "model": {"library": "timm", "arch": "x", "random_seed": 0},
             "store": {"uri": "memory://m", "shard_bytes": 4096},
-            "quantize": quantize,
+            "quantize": {"recipe": "paper", **quantize},
         },
         where="test",
     )

@@ -218,3 +218,33 @@ def test_the_published_range_leaves_no_trace_and_the_nested_one_is_another_job(t
     assert plain.identity(**digests) == full.identity(**digests) != nested.identity(**digests)
     with pytest.raises(SpecError, match=r"quantize\.range"):
         parse_spec(tiny_document(quantize__range="part"), where="job.yaml")
+
+
+@pytest.mark.parametrize(("images", "recipe"), [(True, "calibrated"), (False, "data_free")])
+def test_auto_is_the_best_that_the_images_allow_and_one_job_with_its_name(
+    images: bool, recipe: str, tiny_document: Document, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {} if images else {"calibration": None}
+    unsaid = tiny_document(**changes)
+    del unsaid["quantize"]["recipe"]
+    specs = [
+        parse_spec(document, where="job.yaml")
+        for document in (
+            unsaid,
+            tiny_document(quantize__recipe="auto", **changes),
+            tiny_document(quantize__recipe=recipe, **changes),
+        )
+    ]
+    assert [spec.recipe for spec in specs] == [recipe] * 3
+    assert [spec.effective_quantize for spec in specs] == [specs[2].quantize] * 3
+    digests = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": None}
+    assert len({spec.identity(**digests) for spec in specs}) == 1
+    assert len({request_digest(spec) for spec in specs}) == 1
+    paper = parse_spec(tiny_document(quantize={"recipe": "paper"}, **changes), where="job.yaml")
+    assert (paper.recipe, paper.effective_quantize) == ("paper", paper.quantize)
+
+
+def test_auto_without_images_has_ranges_from_those_that_it_makes(tiny_document: Document) -> None:
+    spec = parse_spec(tiny_document(quantize__recipe="auto", calibration=None), where="job.yaml")
+    assert spec.quantize.activations is not None
+    assert spec.quantize.activations.observer == "mse"

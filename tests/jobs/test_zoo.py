@@ -45,7 +45,7 @@ def _zoo(folder: Path, **keys: Any) -> Path:
         "models": [{"models": "timm/test_vit", "kwargs": TINY}, {"models": "timm/test_vit2", "kwargs": TINY}],
         "random_seed": 0,
         "preprocess": {"size": 32, "mean": [0.5], "std": [0.5]},
-        "recipes": {"w8-4": {"bits": [8, 4]}},
+        "recipes": {"w8-4": {"recipe": "paper", "bits": [8, 4]}},
         **keys,
     }
     path = folder / "zoo.yaml"

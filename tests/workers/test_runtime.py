@@ -36,7 +36,7 @@ def store(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     document = {
         "name": "tiny",
         "model": {**TINY, "checkpoint": str(tiny_checkpoint)},
-        "quantize": {"bits": [8, 6, 4], "overrides": {"fc": {"bits": [8]}}},
+        "quantize": {"recipe": "paper", "bits": [8, 6, 4], "overrides": {"fc": {"bits": [8]}}},
         "preprocess": {"size": 32},
         "store": {"uri": uri, "shard_bytes": 16384},
     }

@@ -107,7 +107,7 @@ def test_a_transformer_is_measured_too(tmp_path: Path) -> None:
         "name": "vit",
         "model": {"library": "timm", "arch": "test_vit", "kwargs": {"num_classes": 10}, "random_seed": 0},
         "store": {"uri": str(tmp_path / "store")},
-        "quantize": {"bits": [8, 4], "mixed": {"mean_bits": 4.0, "choices": [2, 6]}},
+        "quantize": {"recipe": "paper", "bits": [8, 4], "mixed": {"mean_bits": 4.0, "choices": [2, 6]}},
         "preprocess": {"size": 160},
     }
     first = tasks(document, tmp_path)[0]
