@@ -10,8 +10,9 @@ from pathlib import Path
 from jobs.events import Event, Listener
 from jobs.stages.publishing import EXPORT_TOOLS
 from jobs.versions import tool_versions
+from storage.class_labels import build_labels
 from storage.device import Device, StoreSource
-from storage.manifest import Engine, EngineRecord, Manifest, level_name
+from storage.manifest import MEDIA_TYPE_LABELS, Engine, EngineRecord, Manifest, level_name
 from storage.registry import Published, Registry, Resolved
 from storage.stores.uri import open_store
 from workers import runtime
@@ -95,7 +96,13 @@ class ExportedVersion:
 
 
 def export_published(
-    registry: Registry, version: Resolved, engine: Engine, *, images: RangeImages | None, tags: tuple[str, ...] = ()
+    registry: Registry,
+    version: Resolved,
+    engine: Engine,
+    *,
+    images: RangeImages | None,
+    labels: tuple[str, ...] | None = None,
+    tags: tuple[str, ...] = (),
 ) -> ExportedVersion:
     """Publish a version once more, with what an engine runs it from; its shards are those that are there.
 
@@ -104,6 +111,7 @@ def export_published(
         version: which version.
         engine: which engine; what the version holds for it already is made anew.
         images: tell the ranges that the manifest does not hold; None leaves what needs them float.
+        labels: names of the classes (`storage.class_labels`); None leaves them as they are.
         tags: get the new version.
 
     Raises:
@@ -113,13 +121,10 @@ def export_published(
     record = export_version(ExportTask(store_uri=registry.store.uri, engine=engine, manifest=manifest, images=images))
     others = tuple(other for other in manifest.engines if other.engine != engine)
     tools = {tool: number for tool, number in tool_versions(EXPORT_TOOLS).items() if tool != "python"}
-    draft = manifest.model_copy(
-        update={
-            "schema_version": 2,
-            "engines": (*others, record),
-            "tool_versions": manifest.tool_versions | tools,
-        }
-    )
+    draft = manifest.with_additions(
+        engines=(*others, record),
+        labels=manifest.labels if labels is None else registry.put_blob(build_labels(labels), MEDIA_TYPE_LABELS),
+    ).model_copy(update={"tool_versions": manifest.tool_versions | tools})
     published = registry.publish(draft, single_writer=manifest.single_writer)
     for tag in tags:
         registry.tag(manifest.name, tag, published.version)

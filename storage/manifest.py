@@ -57,6 +57,7 @@ Engine = Literal["onnx"]
 MEDIA_TYPE_SHARD = "application/vnd.nestquant.shard.v1+safetensors"
 MEDIA_TYPE_BASE = "application/vnd.nestquant.base.v1+safetensors"
 MEDIA_TYPE_ONNX_GRAPH = "application/vnd.nestquant.engine-graph.v1+onnx"
+MEDIA_TYPE_LABELS = "application/vnd.nestquant.labels.v1+text"
 MEDIA_TYPE_LAYOUT = "application/vnd.nestquant.engine-layout.v1+safetensors"
 
 
@@ -214,11 +215,12 @@ class Manifest(Record):
     """Everything a version consists of.
 
     ``version`` is part of the signed bytes, so that a manifest cannot be served under another number.
-    ``schema_version`` is 2 where there are ``engines``, and 1 where there are none: such a manifest has the bytes that
-    it always had.
+    ``schema_version`` says what a reader has to know: 3 where there are ``labels`` (`storage.class_labels`), else 2
+    where there are ``engines``, else 1. What is not there is left out: such a manifest has the bytes that it always
+    had.
     """
 
-    schema_version: Literal[1, 2] = 1
+    schema_version: Literal[1, 2, 3] = 1
     name: ModelName
     version: int = Field(ge=1)
     model: ModelRecord
@@ -234,12 +236,15 @@ class Manifest(Record):
     single_writer: bool = False
     job: Digest | None = None
     engines: tuple[EngineRecord, ...] = ()
+    labels: Descriptor | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         document: dict[str, Any] = serialize(self)
         if not self.engines:
             del document["engines"]
+        if self.labels is None:
+            del document["labels"]
         return document
 
     @field_validator("preprocessing")
@@ -255,9 +260,10 @@ class Manifest(Record):
             raise ValueError(f"layer {twice!r} stands twice")
         if (twice := first_repeated(engine.engine for engine in self.engines)) is not None:
             raise ValueError(f"engine {twice!r} stands twice")
-        if (self.schema_version == 2) != bool(self.engines):
+        if self.schema_version != self.least_schema:
             raise ValueError(
-                f"schema_version is {self.schema_version} with {len(self.engines)} engines; 2 has some, 1 has none"
+                f"schema_version is {self.schema_version} with {len(self.engines)} engines, "
+                f"{'no labels' if self.labels is None else 'labels'}; expected {self.least_schema}"
             )
         # A layer may have fewer levels than its group: then the group's further shards do not hold it.
         weights = [[0] * len(group.levels) for group in self.groups]
@@ -281,19 +287,30 @@ class Manifest(Record):
                     )
         return self
 
+    @property
+    def least_schema(self) -> Literal[1, 2, 3]:
+        """Return the schema that a version with these engines and labels has."""
+        return 3 if self.labels is not None else 2 if self.engines else 1
+
+    def with_additions(self, *, engines: tuple[EngineRecord, ...], labels: Descriptor | None) -> Manifest:
+        """Return the manifest with these in the place of its own, under the schema that has them."""
+        changed = self.model_copy(update={"engines": engines, "labels": labels})
+        return changed.model_copy(update={"schema_version": changed.least_schema})
+
     def descriptors(self) -> tuple[Descriptor, ...]:
-        """Return every blob that this version needs, each digest once: base, engines, then shards level by level."""
+        """Return every blob that this version needs, each digest once: `shared_blobs`, then shards level by level."""
         levels = [
             shard
             for level in range(self.level_count())
             for group in self.groups
             for shard in group.levels[level : level + 1]
         ]
-        return tuple({blob.digest: blob for blob in (*self.base, *self.engine_blobs(), *levels)}.values())
+        return tuple({blob.digest: blob for blob in (*self.shared_blobs(), *levels)}.values())
 
-    def engine_blobs(self) -> tuple[Descriptor, ...]:
-        """Return the graphs and layouts of the engines."""
-        return tuple(blob for engine in self.engines for blob in (engine.graph, engine.layout))
+    def shared_blobs(self) -> tuple[Descriptor, ...]:
+        """Return what every level needs: base, the engines' graphs and layouts, labels."""
+        engines = [blob for engine in self.engines for blob in (engine.graph, engine.layout)]
+        return (*self.base, *engines, *(() if self.labels is None else (self.labels,)))
 
     def engine(self, name: Engine) -> EngineRecord | None:
         """Return what an engine runs the version from; None where the version was not exported for it."""

@@ -22,7 +22,7 @@ from storage.stores.s3_errors import boto_errors, translate
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError
 from workers.inputs.entry import LIBRARY
-from workers.inputs.files import CHECKPOINT, IMAGES, InputKind, local_path, reading
+from workers.inputs.files import CHECKPOINT, IMAGES, LABELS, InputKind, local_path, reading
 from workers.inputs.images import open_images
 from workers.scratch import scratch
 
@@ -52,6 +52,10 @@ def request_digest(spec: JobSpec) -> str:
     for section in ("calibration", "evaluate"):
         if document[section] is not None:
             document[section]["data"] = _images_revision(document[section]["data"])
+    if document["labels"] is None:  # as above
+        document.pop("labels")
+    elif document["labels"]["file"] is not None:
+        document["labels"]["file"] = _file_revision(document["labels"]["file"], LABELS)
     return digest_bytes(canonical_json(document))
 
 

@@ -7,7 +7,7 @@ is read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
@@ -156,6 +156,23 @@ class ExportSpec(Section):
         return tuple(dict.fromkeys(engines))
 
 
+class LabelsSpec(Section):
+    """Names of the classes, which travel with the version: devices answer by them.
+
+    ``file``: text with one name a line, class 0 first, a path or URI. ``images``: an image set of the job that names
+    every class, by its folders or by one more column of its labels.csv. One of the two.
+    """
+
+    file: str | None = None
+    images: Literal["calibration", "evaluate"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.images is None):
+            raise ValueError("labels: give 'file' or 'images', one of them")
+        return self
+
+
 class JobSpec(Section):
     """One job: a model, a recipe, a store."""
 
@@ -168,6 +185,7 @@ class JobSpec(Section):
     evaluate: EvaluateSpec | None = None
     analysis: AnalysisSpec | None = None
     export: ExportSpec | None = None
+    labels: LabelsSpec | None = None
     cluster: ClusterSpec = ClusterSpec()
 
     @model_validator(mode="before")
@@ -206,6 +224,13 @@ class JobSpec(Section):
                 f"quantize.activations.observer {activations.observer!r} needs 'calibration: {{data: ...}}'; "
                 "'sigma' works without images"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_have_images(self) -> Self:
+        section = None if self.labels is None else self.labels.images
+        if section is not None and getattr(self, section) is None:
+            raise ValueError(f"labels.images is {section!r}, and there is no '{section}: {{data: ...}}'")
         return self
 
     @model_validator(mode="after")
@@ -250,11 +275,12 @@ class JobSpec(Section):
 
     @property
     def inputs(self) -> dict[tuple[str, str], str]:
-        """Return the files that the job reads, a checkpoint and image sets: section and key -> path or URI."""
+        """Return the files that the job reads, a checkpoint, image sets and labels: section and key -> path or URI."""
         places = {
             ("model", "checkpoint"): self.model.checkpoint,
             ("calibration", "data"): None if self.calibration is None else self.calibration.data,
             ("evaluate", "data"): None if self.evaluate is None else self.evaluate.data,
+            ("labels", "file"): None if self.labels is None else self.labels.file,
         }
         return {place: uri for place, uri in places.items() if uri is not None}
 

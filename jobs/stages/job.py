@@ -15,7 +15,7 @@ from jobs.result import MixedRecord, PullSummary
 from jobs.spec.job import CalibrationSpec, JobSpec
 from jobs.stages.plan import Plan
 from jobs.stages.weights import StagedModel
-from storage.manifest import ActivationRange, CalibrationRecord, EngineRecord, Manifest
+from storage.manifest import ActivationRange, CalibrationRecord, Descriptor, EngineRecord, Manifest
 from storage.registry import Published, Registry
 from workers.errors import Need
 from workers.executor import Executor
@@ -80,8 +80,8 @@ class Job:
     """A job whose inputs are checked and whose plan is made, and what the stages have added since.
 
     ``digest`` names the job's ledger; ``image_bytes`` is what the largest image set keeps in memory; ``needs`` are the
-    memory of each stage's largest task; ``fault`` is what falls short of the gate; ``notes`` are lines
-    for people.
+    memory of each stage's largest task; ``class_names`` go into ``labels``; ``fault`` is
+    what falls short of the gate; ``notes`` are lines for people.
     """
 
     spec: JobSpec
@@ -98,7 +98,9 @@ class Job:
     activations: ActivationRanges = ActivationRanges()
     reconstruction: Reconstruction = Reconstruction()
     results: Sequence[UnitResult] = ()
+    class_names: tuple[str, ...] | None = None
     engines: tuple[EngineRecord, ...] = ()
+    labels: Descriptor | None = None
     published: Published | None = None
     pulled: PulledVersion | None = None
     measured: tuple[Measured, ...] = ()

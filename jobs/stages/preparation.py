@@ -11,6 +11,7 @@ from jobs.events import StageClock
 from jobs.spec.job import JobSpec
 from jobs.stages.code import stage_code
 from jobs.stages.job import Job, Observation
+from jobs.stages.labels import class_names
 from jobs.stages.memory import task_needs
 from jobs.stages.plan import Plan, make_plan
 from jobs.stages.signing import load_keys
@@ -45,6 +46,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         _check_channels(spec, staged)
         if images.judging is not None:
             _check_classes(spec, staged, images.judging)
+        names = class_names(spec, images.sets, folder, classes=staged.classes)
     with clock.stage("plan"):
         plan = plan_of(spec, staged)
         require_room(folder, plan.stored_bytes, "The version, pulled back to be checked,")
@@ -57,6 +59,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         observation=Observation(staged.network, spec.calibration, images.digest),
         image_bytes=images.resident_bytes,
         notes=(*_chosen_recipe(spec), *images.notes),
+        class_names=names,
         digest=spec.identity(
             source_digest=staged.source_digest,
             calibration_digest=images.digest,
@@ -97,32 +100,37 @@ def _chosen_recipe(spec: JobSpec) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Images:
-    """What is known of the spec's image sets: the evaluation set, the calibration set's digest, what the largest set
-    keeps in memory, and what people should know of how they were read.
+    """What is known of the spec's image sets, by section: the calibration set's digest, what the largest set keeps in
+    memory, and what people should know of how they were read.
     """
 
-    judging: ImageSet | None
+    sets: Mapping[str, ImageSet]
     digest: str | None
     resident_bytes: int
     notes: tuple[str, ...]
 
+    @property
+    def judging(self) -> ImageSet | None:
+        """Return the evaluation set."""
+        return self.sets.get("evaluate")
+
 
 def _check_images(spec: JobSpec, folder: Path) -> _Images:
     """Open every image set named in the spec, so that a wrong path or label costs no work."""
-    judging, digest, resident_bytes, notes = None, None, 0, list[str]()
+    sets, digest, resident_bytes, notes = dict[str, ImageSet](), None, 0, list[str]()
     if spec.evaluate is not None:
-        judging = fetch_images(spec.evaluate.data, folder)
+        sets["evaluate"] = judging = fetch_images(spec.evaluate.data, folder)
         judging.require_classes(spec.evaluate.limit)
         judging.check()
         resident_bytes = judging.resident_bytes
         notes += [f"evaluate.data: {note}" for note in (judging.labelling.reading, judging.labelling.left_out) if note]
     if spec.calibration is not None:
-        images = fetch_images(spec.calibration.data, folder)
+        sets["calibration"] = images = fetch_images(spec.calibration.data, folder)
         images.check()
         digest = images.digest(min(spec.calibration.samples, len(images)))
         resident_bytes = max(resident_bytes, images.resident_bytes)
         notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]
-    return _Images(judging, digest, resident_bytes, tuple(notes))
+    return _Images(sets, digest, resident_bytes, tuple(notes))
 
 
 def _check_channels(spec: JobSpec, staged: StagedModel) -> None:

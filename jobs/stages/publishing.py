@@ -9,6 +9,7 @@ from dataclasses import replace
 from jobs.events import StageClock
 from jobs.result import PullSummary, sizes_of
 from jobs.spec.job import METHOD_VERSION
+from jobs.stages import labels
 from jobs.stages.job import Job, PulledVersion
 from jobs.stages.signing import load_keys
 from jobs.versions import tool_versions
@@ -32,6 +33,7 @@ def publish(job: Job, executor: Executor, clock: StageClock) -> Job:
         storage.StorageError: a blob is missing or damaged, or the store refuses.
     """
     with clock.stage("publish"):
+        job = labels.put(job)
         published = job.registry.publish(draft_manifest(job), single_writer=job.spec.store.single_writer)
         executor.tell(published)
     return replace(job, published=published)
@@ -127,6 +129,4 @@ def draft_manifest(job: Job) -> Manifest:
         sizes=sizes_of(groups, sum(record.descriptor.size_bytes for record in base), layers, float_bytes),
         tool_versions=tool_versions((*TOOLS, *EXPORT_TOOLS) if job.engines else TOOLS),
         job=job.digest,
-        schema_version=2 if job.engines else 1,
-        engines=job.engines,
-    )
+    ).with_additions(engines=job.engines, labels=job.labels)

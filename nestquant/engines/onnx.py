@@ -16,6 +16,7 @@ from nestquant.engines.images import Preprocessing
 from nestquant.engines.open_graph import with_weights_as_inputs
 from nestquant.engines.ort import options, session_with
 from nestquant.engines.weights import engine_tensors
+from storage.class_labels import parse_labels
 from storage.device import Device
 from storage.device.errors import NotInstalled
 from storage.engine_layout import read_layout
@@ -135,6 +136,19 @@ class Session:
         if self.manifest.preprocessing is None:
             raise NotExported(f"{self._where()} says nothing of its inputs; publish it anew.")
         return Preprocessing.from_record(self.manifest.preprocessing)
+
+    def labels(self) -> tuple[str, ...] | None:
+        """Return the names of the classes, class 0 first; None where the version has none.
+
+        Raises:
+            storage.StorageError: they are not here, or damaged.
+        """
+        if self.manifest.labels is None:
+            return None
+        try:
+            return parse_labels(self._read(self.manifest.labels))
+        except ValueError as error:
+            raise EngineError(f"{self._where()}: its labels cannot be read: {error}; publish it anew.") from error
 
     def levels(self) -> tuple[int, ...]:
         """Return the levels whose shards are here, without a gap."""

@@ -86,10 +86,10 @@ class State(Record):
 
 
 def blobs_of(manifest: Manifest, level: int) -> list[Descriptor]:
-    """Return the blobs a version needs at ``level``, in fetching order: base, the engines' graphs, then each level in
+    """Return the blobs a version needs at ``level``, in fetching order: what all levels share, then each level in
     execution order.
     """
-    blobs: list[Descriptor] = [*manifest.base, *manifest.engine_blobs()]
+    blobs: list[Descriptor] = [*manifest.shared_blobs()]
     for k in range(min(level + 1, manifest.level_count())):
         blobs += [group.levels[k] for group in manifest.groups if k < len(group.levels)]
     return list({descriptor.digest: descriptor for descriptor in blobs}.values())

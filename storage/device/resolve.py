@@ -59,11 +59,7 @@ def parse_release(raw: bytes, name: str, version: int, *, signed: bool) -> Relea
     check_not_deleted(raw, name, version)
     manifest = parse_manifest(raw, name=name, version=version)
     sizes: dict[str, int] = {}
-    for blob in [
-        *manifest.base,
-        *manifest.engine_blobs(),
-        *(shard for group in manifest.groups for shard in group.levels),
-    ]:
+    for blob in (*manifest.shared_blobs(), *(shard for group in manifest.groups for shard in group.levels)):
         if sizes.setdefault(blob.digest, blob.size_bytes) != blob.size_bytes:
             both = f"{sizes[blob.digest]} and {blob.size_bytes} bytes"
             raise InvalidManifest(f"manifest of {name} version {version}: {blob.digest} is said to have {both}")

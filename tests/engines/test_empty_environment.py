@@ -86,13 +86,14 @@ def test_a_real_version_is_pulled_run_and_switched(environment: Path, test_data:
     document: dict[str, Any] = network.spec((8, 4), tmp_path / "store", samples=64).model_dump(exclude_unset=True)
     document["quantize"]["scheme"] = "symmetric"
     document["export"] = {"engines": ["onnx"]}
+    (tmp_path / "labels.txt").write_text("\n".join(CLASSES))
+    document["labels"] = {"file": str(tmp_path / "labels.txt")}
     publish(document)
     pictures = np.load(test_data / "images" / network.images)
     photographs = []
     for index in range(8):
         photographs.append(tmp_path / f"{index}.png")
         Image.fromarray(pictures["x"][index]).save(photographs[-1])
-    (tmp_path / "labels.txt").write_text("\n".join(CLASSES))
 
     nestquant = environment / "bin" / "nestquant"
     kept = ("--cache", tmp_path / "cache")
@@ -100,7 +101,7 @@ def test_a_real_version_is_pulled_run_and_switched(environment: Path, test_data:
     seen: list[dict[str, Any]] = []
 
     def answer() -> None:
-        words = ("run", network.name, *photographs, *kept, "--labels", tmp_path / "labels.txt")
+        words = ("run", network.name, *photographs, *kept)
         shown = run(nestquant, *words, cwd=tmp_path)
         print(shown)
         assert all(label in shown for label in CLASSES[:2])

@@ -244,8 +244,13 @@ def manifests() -> dict[str, Hostile]:
         "NaN": Hostile(raw.replace(b'"bits":[8,4]', b'"bits":NaN'), "not canonical JSON"),
         "a list": Hostile(b"[]", "not canonical JSON"),
         "an unknown key": Hostile(change("zzz", 1), "field zzz: Extra inputs"),
-        "another schema": Hostile(change("schema_version", 3), "field schema_version"),
-        "a schema without what it is for": Hostile(change("schema_version", 2), "schema_version is 2 with 0 engines"),
+        "another schema": Hostile(change("schema_version", 4), "field schema_version"),
+        "a schema without what it is for": Hostile(
+            change("schema_version", 2), "schema_version is 2 with 0 engines, no labels; expected 1"
+        ),
+        "labels under a schema that has none": Hostile(
+            change("labels", good_manifest()["base"][0]), "schema_version is 1 with 0 engines, labels; expected 3"
+        ),
         "another model's": Hostile(change("name", "other"), "says that it is other version 1"),
         "another version's": Hostile(change("version", 2), "says that it is net version 2"),
         "a name that climbs": Hostile(change("name", "../../evil"), "field name"),

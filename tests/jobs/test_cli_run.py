@@ -11,9 +11,12 @@ from PIL import Image
 
 from nestquant.engines.images import photo_input
 from nestquant.engines.onnx import Session
+from storage.class_labels import build_labels
 from storage.device import Device, StoreSource
+from storage.digest import digest_bytes
 from storage.stores.uri import open_store
 from tests.engines.published import publish, spec_of
+from tests.engines.test_labels import KINDS
 from tests.jobs.conftest import Run
 
 
@@ -60,6 +63,35 @@ def test_photographs_get_the_classes_that_the_session_gives(
     assert "(median of 8)" in out
 
 
+def test_a_device_prints_them_and_a_published_version_gets_them(
+    nestquant: Run, photograph: Path, tmp_path: Path
+) -> None:
+    registry, before = publish(spec_of(tmp_path))
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(KINDS))
+    store = ("--store", tmp_path / "store")
+    code, _, err = nestquant("export", "tiny@1", *store, "--labels", names, "--tag", "latest")
+    assert (code, err) == (0, "")
+    after = registry.resolve("tiny").manifest
+    assert after.labels is not None
+    assert (after.version, after.schema_version, after.labels.digest) == (2, 3, digest_bytes(build_labels(KINDS)))
+    assert (after.groups, after.engines) == (before.groups, before.engines)
+    code, _, err = nestquant("export", "tiny@2", *store, "--tag", "latest", "--json")  # they stay
+    assert (code, err) == (0, "")
+    assert registry.resolve("tiny").manifest.labels == after.labels
+    device = Device(tmp_path / "device", StoreSource(registry.store), unsigned=True)
+    device.pull("tiny")
+    words = ("run", "tiny", photograph, "--cache", tmp_path / "device")
+    code, out, err = nestquant(*words, "--json")
+    assert (code, err) == (0, "")
+    top = json.loads(out)["photographs"][0]["top"]
+    assert len(top) == 5
+    assert [one["label"] for one in top] == [KINDS[one["class"]] for one in top]
+    assert f"  {top[0]['label']}\n" in nestquant(*words)[1]
+    names.write_text("\n".join(kind.upper() for kind in KINDS))
+    assert f"  {top[0]['label'].upper()}\n" in nestquant(*words, "--labels", names)[1]
+
+
 def test_every_mistake_is_one_line(nestquant: Run, cache: Path, photograph: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(photograph.read_bytes()[:300])
     (tmp_path / "two.txt").write_text("cat\ndog\n")
@@ -71,7 +103,7 @@ def test_every_mistake_is_one_line(nestquant: Run, cache: Path, photograph: Path
         (["tiny", photograph, "--level", "full"], "level 1 is not here; 'nestquant upgrade tiny --level 1' brings it"),
         (["tiny", photograph, "--level", "7"], "has levels 0 to 1, not 7"),
         (["tiny", photograph, "--level", "half"], "expected part, full or a number from 0 to 1"),
-        (["tiny", photograph, "--labels", tmp_path / "two.txt"], "--labels has 2 names, tiny has 10 classes"),
+        (["tiny", photograph, "--labels", tmp_path / "two.txt"], "--labels has 2 names for 10 classes"),
         (["tiny", photograph, "--labels", tmp_path / "no.txt"], "No such file or directory"),
     ]
     for words, message in cases:

@@ -174,6 +174,7 @@ def test_which_weights_of_a_checkpoint_is_a_key_that_changes_nothing_where_it_is
     document = spec.model_dump(mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}})
     document["method"] = METHOD_VERSION
     document["model"] |= {"revision": revision(spec)}
+    del document["labels"]
     for later in ("checkpoint", "weights", "code"):
         del document["model"][later]
     for section in ("calibration", "evaluate"):

@@ -63,8 +63,9 @@ def test_no_nan_gets_in() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 3, "field schema_version"),
-        ("schema_version", 2, "schema_version is 2 with 0 engines"),
+        ("schema_version", 4, "field schema_version"),
+        ("schema_version", 3, "schema_version is 3 with 0 engines, no labels; expected 1"),
+        ("schema_version", 2, "schema_version is 2 with 0 engines, no labels; expected 1"),
         ("surprise", 1, "field surprise: Extra inputs"),
         ("name", "../net", "field name"),
         ("name", "net\n", "field name"),

@@ -43,6 +43,12 @@ IMAGES = InputKind(
     DataError,
     "No images at {uri}: there is no such file or folder. Give a folder, a .tar or an .npz, or an s3:// URI of one.",
 )
+LABELS = InputKind(
+    "file of labels",
+    "a file of labels",
+    DataError,
+    "No labels at {uri}: there is no such file. Give a text file with one name a line, or an s3:// URI of one.",
+)
 
 
 def local_path(uri: str) -> Path:

@@ -14,8 +14,12 @@ import posixpath
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from storage.class_labels import MAX_LABELS_BYTES, parse_labels
+from storage.files import open_regular
 from workers.errors import DataError, printable, shown
+from workers.inputs.files import LABELS, fetch, reading
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """As torchvision has them."""
@@ -44,7 +48,8 @@ class Labelling:
     """The images that count, in their order, and their labels; None where there are none, ``fault`` says why.
 
     ``reading`` says how labels were read, ``left_out`` which images do not count and why; either may be empty.
-    ``classes`` is the number of classes where the set itself says it (folders do, a table does not).
+    ``classes`` is the number of classes where the set itself says it (folders do, a table does not). ``class_names``:
+    their names, class 0 first, where the set has one for each.
     """
 
     names: Sequence[str]
@@ -53,6 +58,7 @@ class Labelling:
     left_out: str = ""
     fault: str = ""
     classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def is_image(name: str) -> bool:
@@ -104,7 +110,8 @@ def by_folders(listing: Listing, *, root: str = "") -> Labelling:
     reading = f"{_counted(len(index), 'class', 'classes')} by the folders{where}: {_shown_classes(by_index)}"
     if empty:
         reading += f"; {len(empty)} of them without images: {shown([by_index[label] for label in empty], most=3)}"
-    return Labelling(names, labels, reading=printable(reading), classes=len(index))
+    class_names = tuple(folder for _, folder in sorted(by_index.items()))
+    return Labelling(names, labels, reading=printable(reading), classes=len(index), class_names=class_names)
 
 
 def by_table(content: bytes, listing: Listing, *, root: str, where: str) -> Labelling:
@@ -153,6 +160,7 @@ def by_table(content: bytes, listing: Listing, *, root: str, where: str) -> Labe
         reading=printable(reading),
         left_out=left_out if rest else "",
         fault=fault,
+        class_names=tuple(single_titles.values()) if single and list(single_titles) == [*range(len(titles))] else None,
     )
 
 
@@ -160,6 +168,27 @@ def by_array(labels: Sequence[int], *, where: str) -> str:
     """Return how labels that stand beside the images read; empty where there are none."""
     classes = sorted(set(labels))
     return f"{_counted(len(classes), 'class', 'classes')} by {where}, {classes[0]} to {classes[-1]}" if classes else ""
+
+
+def labels_of_file(uri: str, folder: Path, *, where: str) -> tuple[str, ...]:
+    """Return the names that a text file holds, class 0 first (`storage.class_labels`).
+
+    Args:
+        uri: a path or URI.
+        folder: where it is downloaded to, if it is in a bucket.
+        where: what messages call it.
+
+    Raises:
+        DataError: there is no such file, or a line of it is no name.
+        storage.StorageError: the store refused.
+    """
+    path = fetch(uri, folder, LABELS)
+    with reading(where, LABELS), open_regular(path) as file:
+        raw = file.read(MAX_LABELS_BYTES + 1)
+    try:
+        return parse_labels(raw)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}.") from error
 
 
 def _doubt(listing: Listing, root: str, folders: Sequence[str], loose: Sequence[str]) -> str | None:

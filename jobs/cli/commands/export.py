@@ -30,6 +30,10 @@ def export(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="So many of the images.")] = 256,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="FILE", help="Names of the classes, one a line, class 0 first."),
+    ] = None,
     tag: Annotated[
         list[str] | None, typer.Option("--tag", help="Point this tag at the new version; may be repeated.")
     ] = None,
@@ -42,6 +46,8 @@ def export(
     from storage.registry import Registry
     from storage.stores.uri import open_existing_store
     from workers.engines.export import RangeImages
+    from workers.inputs.labels import labels_of_file
+    from workers.scratch import scratch
 
     trust_factory(factory, code)
     name, ref = split_ref(model)
@@ -57,7 +63,9 @@ def export(
             observer="percentile" if recipe.get("observer") == "sigma" else recipe.get("observer", "percentile"),
             percentile=recipe.get("percentile", 99.99),
         )
-    exported = export_published(registry, source, engine, images=images, tags=tuple(tag or ()))
+    with scratch("export") as folder:
+        names = None if labels is None else labels_of_file(labels, folder, where=f"--labels {labels}")
+    exported = export_published(registry, source, engine, images=images, labels=names, tags=tuple(tag or ()))
     published, record = exported.published, exported.engine
     more_bytes = record.graph.size_bytes + record.layout.size_bytes
     if as_json:

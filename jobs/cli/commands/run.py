@@ -14,8 +14,6 @@ from storage.wording import size
 if TYPE_CHECKING:
     from nestquant.engines.onnx import Session
 
-_MAX_LABELS_BYTES = 16 << 20
-
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
@@ -36,7 +34,8 @@ def run(
     engine: Annotated[Engine, typer.Option("--engine", help="onnx is ONNX Runtime.")] = "onnx",
     top: Annotated[int, typer.Option("--top", min=1, help="So many classes a photograph.")] = 5,
     labels: Annotated[
-        Path | None, typer.Option("--labels", help="Names of the classes, one a line; without, classes are numbers.")
+        Path | None,
+        typer.Option("--labels", help="Names of the classes, one a line, in the place of the version's own."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Of the engine; a core each by default.")
@@ -46,9 +45,12 @@ def run(
 ) -> None:
     """Answer photographs by a model that was pulled; needs an engine, and neither torch nor a network."""
     session = _open(model, cache, level, threads)
-    names = None if labels is None else _labels(labels)
+    names = session.labels() if labels is None else _labels(labels)
+    source = session.manifest.name if labels is None else "--labels"
     milliseconds: list[float] = []
-    answers = [_answer(session, path, names, top=top, repeat=repeat, milliseconds=milliseconds) for path in photographs]
+    answers = [
+        _answer(session, path, names, source, top=top, repeat=repeat, milliseconds=milliseconds) for path in photographs
+    ]
     document: dict[str, Any] = {
         "name": model,
         "version": session.manifest.version,
@@ -98,21 +100,27 @@ def _level(word: str, count: int) -> int:
     return int(word)
 
 
-def _labels(path: Path) -> list[str]:
+def _labels(path: Path) -> tuple[str, ...]:
     from nestquant.engines.errors import EngineError
+    from storage.class_labels import MAX_LABELS_BYTES, parse_labels
     from storage.files import open_regular
-    from storage.wording import in_one_line
 
     try:
         with open_regular(path) as file:
-            return [in_one_line(line) for line in file.read(_MAX_LABELS_BYTES).decode().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise EngineError(f"--labels {path}: {reason}; expected text with one name a line.") from error
+            return parse_labels(file.read(MAX_LABELS_BYTES + 1))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"--labels {path}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _answer(
-    session: Session, path: Path, names: list[str] | None, *, top: int, repeat: int, milliseconds: list[float]
+    session: Session,
+    path: Path,
+    names: tuple[str, ...] | None,
+    source: str,
+    *,
+    top: int,
+    repeat: int,
+    milliseconds: list[float],
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -128,7 +136,7 @@ def _answer(
         raise EngineError(f"{session.manifest.name} gives {list(logits.shape)}, which is no class for each photograph.")
     if names is not None and len(names) != logits.shape[1]:
         raise EngineError(
-            f"--labels has {len(names)} names, {session.manifest.name} has {logits.shape[1]} classes; give one each."
+            f"{source} has {len(names)} names for {logits.shape[1]} classes; give a name for each by --labels."
         )
     powers = np.exp(logits[0].astype(np.float64) - logits.max())
     chosen = np.argsort(-powers, kind="stable")[:top]
