@@ -12,6 +12,7 @@ in the job's own ledger (``workers.ledger``), which every attempt shares.
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Literal, TypeVar
 
@@ -94,8 +95,12 @@ class JobRecord:
         return document.spec
 
     def claim(self, number: int, address: str) -> Attempt | None:
-        """Claim an attempt's number; None where somebody else did."""
-        submission_id = f"{digest_hex(self.request)}-{number}"
+        """Claim an attempt's number; None where somebody else did.
+
+        Its id on the cluster is its own: the same job for another store, or for one that was emptied since, is another
+        submission.
+        """
+        submission_id = f"{digest_hex(self.request)}-{number}-{secrets.token_hex(4)}"
         attempt = Attempt(number=number, submission_id=submission_id, address=address, unix_s=int(time.time()))
         try:
             self.store.put(self._key(number, "json"), canonical_json(attempt), mode="create")

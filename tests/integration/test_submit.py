@@ -73,7 +73,7 @@ def test_a_job_runs_on_the_cluster_once_however_often_it_is_submitted(
     again, same, renewed = submit(asked.model_copy(update={"cluster": here_cluster(asked)}), head)
     assert (new, renewed) == (True, False)
     assert (again.request, same) == (record.request, attempt)
-    assert attempt.submission_id == f"{record.request.removeprefix('sha256:')}-1"
+    assert re.fullmatch(f"{record.request.removeprefix('sha256:')}-1-[0-9a-f]{{8}}", attempt.submission_id)
 
     seen: list[str] = []
     state = wait(record, pending_timeout_s=300, on_state=lambda one: seen.append(one.status))
@@ -228,7 +228,10 @@ def test_two_submitters_claim_an_attempt_once() -> None:
     assert first is not None
     assert second is None
     assert record.latest() == first
-    assert first.submission_id == f"{'1' * 64}-1"
+    assert re.fullmatch(f"{'1' * 64}-1-[0-9a-f]{{8}}", first.submission_id)
+    elsewhere = JobRecord(MemoryStore(), record.request).claim(1, "http://a")
+    assert elsewhere is not None
+    assert elsewhere.submission_id != first.submission_id  # one cluster may serve both stores
 
 
 def test_a_cluster_out_of_reach_is_one_clear_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
