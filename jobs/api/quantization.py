@@ -16,10 +16,10 @@ from jobs.api.model import NestedModel
 from jobs.errors import SpecError
 from jobs.result import sizes_of
 from jobs.spec.file import parse_as
-from jobs.spec.job import DEFAULT_SHARD_BYTES, METHOD_VERSION
+from jobs.spec.job import DEFAULT_SHARD_BYTES, METHOD_VERSIONS
 from jobs.spec.quantize import ActivationSpec, QuantizeSpec, RecipeChoice
 from jobs.stages.calibration import quantized_inputs, read_range
-from jobs.stages.plan import Plan, plan_layers
+from jobs.stages.plan import Plan, plan_layers, protection_notes
 from jobs.stages.publishing import TOOLS
 from jobs.stages.reconstruction import without_data
 from jobs.versions import tool_versions
@@ -63,6 +63,7 @@ def quantize(
     scheme: Literal["asymmetric", "symmetric"] = "asymmetric",
     ignore: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    protect: Literal["auto", "none"] = "auto",
     input_shape: tuple[int, ...] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -89,6 +90,8 @@ def quantize(
         scheme: ``asymmetric`` or ``symmetric`` (what engines take).
         ignore: patterns of layer names that stay float (``"head*"``).
         overrides: other settings by pattern of layer names: ``{"fc": {"bits": (8,)}}``.
+        protect: ``auto`` gives small layers up to 6 high bits, for 2% of the part-bit bytes at most (10%
+            below 4 bits), except with ``paper``; ``none`` gives plain widths.
         input_shape: of one input, without the batch: ``(3, 224, 224)``. Needed by ``data_free``, and by activations
             without calibration.
         mean: what images are normalised by, one a channel, for ``data_free``; ImageNet's by default.
@@ -115,6 +118,7 @@ def quantize(
         scheme=scheme,
         ignore=ignore,
         overrides=overrides,
+        protect=protect,
         input_shape=input_shape,
     )
     title, network = type(model).__name__, _float_copy(model)
@@ -177,7 +181,7 @@ def quantize(
     )
     _nest(network, manifest, solved, residency)
     nested = runtime.NestedModel(network, manifest, StoreBlobs(registry), level=manifest.level_count() - 1)
-    return NestedModel(nested, notes=_notes(order, solved, spec))
+    return NestedModel(nested, notes=[*protection_notes(plan), *_notes(order, solved, spec)])
 
 
 def _spec(
@@ -189,6 +193,7 @@ def _spec(
     scheme: str,
     ignore: Sequence[str],
     overrides: Mapping[str, Mapping[str, Any]] | None,
+    protect: str,
     input_shape: tuple[int, ...] | None,
 ) -> QuantizeSpec:
     """Return the recipe's section of a spec, checked like one."""
@@ -204,6 +209,7 @@ def _spec(
         "scheme": scheme,
         "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore),
         "overrides": dict(overrides or {}),
+        "protect": protect,
         "activations": activations,
     }
     spec = parse_as(QuantizeSpec, document, where="nestquant.quantize")
@@ -303,7 +309,7 @@ def _stored(
             source_digest=digest_tensors(state.items()),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         ),
-        recipe={"method": METHOD_VERSION, **spec.model_dump(mode="json")},
+        recipe={"method": METHOD_VERSIONS[spec.recipe], **spec.model_dump(mode="json")},
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
         base=tuple(base),

@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jobs.spec.job import METHOD_VERSION, JobSpec
+from jobs.spec.job import METHOD_VERSIONS, JobSpec
 from jobs.stages.code import code_of
 from jobs.versions import tool_versions
 from storage.digest import digest_bytes, digest_file, file_version
@@ -39,7 +39,7 @@ def request_digest(spec: JobSpec) -> str:
     document: dict[str, Any] = spec.model_dump(
         mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}}
     )
-    document["method"] = METHOD_VERSION
+    document["method"] = METHOD_VERSIONS[spec.recipe]
     document["quantize"] = spec.effective_quantize.model_dump(mode="json")
     document["model"]["revision"] = revision(spec)
     document["model"].pop("checkpoint")

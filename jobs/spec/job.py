@@ -25,8 +25,8 @@ from storage.layout import manifest_key, tag_key
 from storage.manifest import MAX_PIXELS, Engine, Interpolation, ModelName, canonical_json
 from storage.stores.blob_store import check_key
 
-METHOD_VERSION = 2
-"""Raised whenever the same spec and weights would give other integers or other shards: it is part of a job's
+METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 3, "data_free": 3}
+"""Raised whenever the same spec and weights would give other integers or other shards by a recipe: part of a job's
 identity."""
 
 DEFAULT_SHARD_BYTES = 4 * 1024 * 1024
@@ -265,8 +265,12 @@ class JobSpec(Section):
 
     @property
     def effective_quantize(self) -> QuantizeSpec:
-        """Return the section with the recipe by its own name: ``auto`` and that name are one job."""
-        return self.quantize.model_copy(update={"recipe": self.recipe})
+        """Return the section with the recipe by its own name, and no key that it does not heed: what comes to the same
+        is one job.
+        """
+        named = self.quantize.model_copy(update={"recipe": self.recipe})
+        heeded = self.recipe != "paper" and self.quantize.mixed is None
+        return named if heeded else named.model_copy(update={"protect": "auto"})
 
     @property
     def measures_layers(self) -> bool:
@@ -290,7 +294,7 @@ class JobSpec(Section):
         Where it runs and how it is measured do not count.
         """
         document = {
-            "method": METHOD_VERSION,
+            "method": METHOD_VERSIONS[self.recipe],
             "name": self.name,
             "model": {
                 "library": self.model.library,

@@ -78,6 +78,10 @@ class QuantizeSpec(Section):
     ``range`` says where the largest weight of a channel lies that is rounded by the weights alone: ``full``, at the end
     of the full-bit grid, as published; ``nested``, at the end of what the coarsest grid reaches, so that part-bit does
     not clip it. Solved layers have it there always.
+
+    ``protect``: recipes that solve layers give small ones up to 6 high bits, for 2% of the part-bit bytes
+    at most (10% below 4 bits; `jobs.stages.protection`); ``none`` gives plain widths, as ``paper`` and ``mixed`` do
+    always.
     """
 
     recipe: RecipeChoice = "auto"
@@ -89,6 +93,7 @@ class QuantizeSpec(Section):
     overrides: dict[str, Override] = Field(default_factory=dict)
     activations: ActivationSpec | None = None
     mixed: MixedSpec | None = None
+    protect: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
     def _choices_fit(self) -> Self:
@@ -103,6 +108,11 @@ class QuantizeSpec(Section):
                 f"bits {list(self.bits)}"
             )
         return self
+
+    @property
+    def protects(self) -> bool:
+        """Tell whether small layers get more bits; of a recipe by its own name, not ``auto``."""
+        return self.protect == "auto" and self.mixed is None and self.recipe not in ("auto", "paper")
 
     @property
     def high_choices(self) -> tuple[int, ...]:
@@ -132,6 +142,8 @@ class QuantizeSpec(Section):
         document: dict[str, Any] = write(self)
         if self.range == "full":
             document.pop("range", None)
+        if self.protect == "auto":
+            document.pop("protect", None)
         return document
 
 

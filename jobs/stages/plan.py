@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from jobs.errors import PlanError
 from jobs.spec.job import JobSpec
 from jobs.spec.quantize import QuantizeSpec
+from jobs.stages.protection import protected_bits
 from nestquant.config import NestConfig
 from nestquant.surgery import LayerScan, LayerSite
 from storage.manifest import FloatRecord, LayerRecord, Piece
@@ -39,7 +40,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that will be done, before any of it is done."""
+    """Everything that will be done, before any of it is done.
+
+    ``protected``: layers that have more high bits than the spec says (`jobs.stages.protection`).
+    """
 
     layers: tuple[LayerRecord, ...]
     groups: tuple[GroupTask, ...]
@@ -47,6 +51,7 @@ class Plan:
     kept_float: tuple[FloatRecord, ...]
     tasks: tuple[tuple[Unit, ...], ...]
     base_bytes: int
+    protected: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -140,6 +145,11 @@ def plan_layers(
             kept.append(FloatRecord(name=site.name, reason=f"ignored by the spec ({pattern})"))
         else:
             chosen.append(_settings(site, recipe, (high_bits or {}).get(site.name)))
+    protected = _protected(chosen, recipe)
+    chosen = [
+        replace(layer, bits=(*layer.bits[:-1], protected[layer.site.name])) if layer.site.name in protected else layer
+        for layer in chosen
+    ]
     if not chosen:
         raise PlanError(
             f"Nothing to quantize in {title}: "
@@ -153,7 +163,9 @@ def plan_layers(
     sizes = {name: size for name, (_, size) in state.items() if name not in quantized}
     base = _base_tasks(sizes, shard_bytes)
     tasks = _bundle([*groups, *base], task_weights)
-    return Plan(layers, groups, base, tuple(kept), tasks, base_bytes=sum(sizes.values()))
+    return Plan(
+        layers, groups, base, tuple(kept), tasks, base_bytes=sum(sizes.values()), protected=tuple(sorted(protected))
+    )
 
 
 def _check_patterns(recipe: QuantizeSpec, names: Sequence[str]) -> None:
@@ -164,6 +176,29 @@ def _check_patterns(recipe: QuantizeSpec, names: Sequence[str]) -> None:
                     f"{key}: {pattern!r} matches none of the {len(names)} layers.{nearest(pattern, names)} "
                     "'nestquant quantize --dry-run' lists them."
                 )
+
+
+def _protected(layers: Sequence[LayerPlan], recipe: QuantizeSpec) -> dict[str, int]:
+    """Return more high bits for small layers, where the recipe has them and the spec says nothing else."""
+    if not recipe.protects:
+        return {}
+    free = {layer.site.name: layer.bits for layer in layers if not has_own_bits(layer.site.name, recipe)}
+    return protected_bits([layer.site for layer in layers], free)
+
+
+def protection_notes(plan: Plan) -> tuple[str, ...]:
+    """Return a line on the layers that have more high bits than the spec says."""
+    if not plan.protected:
+        return ()
+    names = set(plan.protected)
+    weights = {layer.name: math.prod(layer.shape) for layer in plan.layers}
+    bits = math.fsum(weights[layer.name] * layer.bits[-1] for layer in plan.layers) / sum(weights.values())
+    chosen = [layer.name for layer in plan.layers if layer.name in names]
+    wide = max(layer.bits[-1] for layer in plan.layers if layer.name in names)
+    return (
+        f"{len(chosen)} of {len(plan.layers)} layers are small and get up to {wide} high bits: "
+        f"{shown(chosen)}; {bits:.2f} bits on average (quantize.protect: none gives plain widths).",
+    )
 
 
 def has_own_bits(layer: str, recipe: QuantizeSpec) -> bool:

@@ -13,7 +13,7 @@ from jobs.stages.code import stage_code
 from jobs.stages.job import Job, Observation
 from jobs.stages.labels import class_names
 from jobs.stages.memory import task_needs
-from jobs.stages.plan import Plan, make_plan
+from jobs.stages.plan import Plan, make_plan, protection_notes
 from jobs.stages.signing import load_keys
 from jobs.stages.weights import StagedModel, outline, stage
 from storage.errors import UnsafeStore
@@ -68,7 +68,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
     )
     needs = task_needs(job, executor)
     executor.require(max(needs.values(), key=lambda need: need.memory_bytes))
-    return replace(job, needs=needs)
+    return replace(job, needs=needs, notes=(*job.notes, *protection_notes(plan)))
 
 
 def plan_of(spec: JobSpec, staged: StagedModel, high_bits: Mapping[str, int] | None = None) -> Plan:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from jobs.events import StageClock
 from jobs.result import PullSummary, sizes_of
-from jobs.spec.job import METHOD_VERSION
+from jobs.spec.job import METHOD_VERSIONS
 from jobs.stages import labels
 from jobs.stages.job import Job, PulledVersion
 from jobs.stages.signing import load_keys
@@ -119,7 +119,7 @@ def draft_manifest(job: Job) -> Manifest:
         name=spec.name,
         version=1,
         model=model_record(job),
-        recipe={"method": METHOD_VERSION, **spec.effective_quantize.model_dump(mode="json")},
+        recipe={"method": METHOD_VERSIONS[spec.recipe], **spec.effective_quantize.model_dump(mode="json")},
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
         base=tuple(record.descriptor for record in base),

@@ -85,7 +85,8 @@ def sensitivity_tasks(job: Job, *, samples: int, more_bits: Sequence[int] = ()) 
 
 
 def _candidates(spec: JobSpec, layer: PieceTask, more_bits: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    widths = {layer.bits[-1]} if has_own_bits(layer.layer, spec.quantize) else set(spec.quantize.high_choices)
+    fixed = spec.quantize.mixed is None or has_own_bits(layer.layer, spec.quantize)
+    widths = {layer.bits[-1]} if fixed else set(spec.quantize.high_choices)
     finer = layer.bits[-2] if len(layer.bits) > 1 else layer.bits[0]
     widths |= {width for width in more_bits if width < finer}
     candidates = [(*layer.bits[:-1], width) for width in sorted(widths)] if len(layer.bits) > 1 else [layer.bits]

@@ -70,7 +70,7 @@ def test_the_card_is_one_that_the_hub_reads(store: LocalStore, tmp_path: Path) -
     assert "# tiny version 1" in card.text
     rows = [line for line in card.text.splitlines() if line.startswith("| ") and "safetensors" in line]
     assert [row.split(" | ")[0] for row in rows] == ["| part-bit", "| level 1", "| full-bit"]
-    assert [row.split("`, ")[1].split(" bits")[0] for row in rows] == ["4", "6", "8"]
+    assert [row.split("`, ")[1].split(" bits")[0] for row in rows] == ["4, 5", "6", "8"]
     assert rows[0].endswith("| not measured | not measured |")
     assert json.loads((tmp_path / "tiny" / "config.json").read_text())["architecture"] == "test_resnet"
 

@@ -14,7 +14,7 @@ import yaml
 from jobs.cluster.request import request_digest, revision
 from jobs.errors import SpecError
 from jobs.spec.file import load_spec, parse_spec, with_changes
-from jobs.spec.job import METHOD_VERSION
+from jobs.spec.job import METHOD_VERSIONS
 from storage.manifest import canonical_json
 
 Document = Callable[..., dict[str, Any]]
@@ -37,7 +37,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_name(tiny_document: Do
     message = told(tiny_document(quantize__bitz=[8, 4]))
     assert message == (
         "job.yaml: unknown key 'quantize.bitz'. Did you mean 'bits'? "
-        "Known here: activations, bits, ignore, mixed, overrides, range, recipe, rounding, scheme."
+        "Known here: activations, bits, ignore, mixed, overrides, protect, range, recipe, rounding, scheme."
     )
 
 
@@ -109,13 +109,13 @@ def test_jobs_of_earlier_releases_keep_their_identity() -> None:
         "name": "net",
         "model": {"library": "timm", "arch": "resnet18", "kwargs": {"num_classes": 10}, "checkpoint": "w.safetensors"},
         "preprocess": {"size": 32, "resize": 36, "mean": [0.5, 0.5, 0.5], "interpolation": "bilinear"},
-        "quantize": {"recipe": "calibrated", "bits": [8, 4], "activations": {"observer": "mse"}},
+        "quantize": {"recipe": "paper", "bits": [8, 4], "activations": {"observer": "mse"}},
         "calibration": {"data": "x.npz", "samples": 64},
         "store": {"uri": "store"},
     }
     digests = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": "sha256:" + "1" * 64}
     found = parse_spec(document, where="test").identity(**digests)
-    assert found == "sha256:cb6df4c16953766483ed5f1fdb271759f1af689eff099f5968c9d0ce3752c3c6"
+    assert found == "sha256:018387c032b5db181f41ef872f9bc1fcf4383903cea446ea37033c2c842235eb"
     document["preprocess"] = {
         "size": [32, 32],
         "resize": [36, 36],
@@ -172,7 +172,7 @@ def test_which_weights_of_a_checkpoint_is_a_key_that_changes_nothing_where_it_is
     assert given.identity(**digest) == spec.identity(**digest)  # what was taken is in the source's digest
     # The request's document, as releases before the key wrote it.
     document = spec.model_dump(mode="json", exclude={"cluster": True, "store": {"uri", "single_writer"}})
-    document["method"] = METHOD_VERSION
+    document["method"] = METHOD_VERSIONS["paper"]
     document["model"] |= {"revision": revision(spec)}
     del document["labels"]
     for later in ("checkpoint", "weights", "code"):
