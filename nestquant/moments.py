@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nestquant.layer_calls import LayerCall, layer_calls
+
 POSITIONS = 128
 """Positions of one image that count, at most: patches overlap, and more of them say little new."""
 
@@ -46,11 +48,11 @@ class Moments:
         means = [total / count for total in sums]
         x, y = (columns - mean.float()[..., None] for columns, mean in zip((x, y), means, strict=True))
         # The mean as float32 took it away, and what it left over.
-        held = [mean.float().double() for mean in means]
-        left = [total - count * mean for total, mean in zip(sums, held, strict=True)]
+        rounded = [mean.float().double() for mean in means]
+        rest = [total - count * mean for total, mean in zip(sums, rounded, strict=True)]
 
         def product(a: int, b: int, centred: Tensor) -> Tensor:
-            outer = torch.einsum("gi,gj->gij", sums[a], held[b]) + torch.einsum("gi,gj->gij", held[a], left[b])
+            outer = torch.einsum("gi,gj->gij", sums[a], rounded[b]) + torch.einsum("gi,gj->gij", rounded[a], rest[b])
             return centred.double() + outer
 
         return cls(count, sums[0], sums[1], product(0, 1, x @ y.mT), product(1, 1, y @ y.mT))
@@ -77,42 +79,45 @@ class Moments:
         return cross, own
 
 
-def has_columns(module: nn.Module) -> bool:
-    """Tell whether ``input_columns`` knows how the layer reads its input.
-
-    A subclass may pad or normalise in a ``forward`` of its own, a transposed convolution has no patches.
-    """
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) and type(module).forward in {
-        nn.Conv1d.forward,
-        nn.Conv2d.forward,
-        nn.Linear.forward,
-    }
+class UnreadableInputs(TypeError):
+    """A layer of which it is not known what its weight is multiplied by; the message says why."""
 
 
 def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return what each output of a layer is computed from: float32 ``[G, K, positions]``.
 
     ``K`` is the number of inputs of one output channel (input channels of a group times kernel elements, in the order
-    of the flattened weight). At most ``POSITIONS`` of each image count, the same ones in every image of one size.
+    of the flattened weight). At most ``POSITIONS`` of each image count, the same ones in every image of one size. The
+    layer runs on ``inputs``: what counts is the functional call that it makes with its weight (``layer_calls``).
 
     Raises:
-        TypeError: A layer of which `has_columns` is false.
+        UnreadableInputs: The layer makes no such call, or several.
     """
-    if not has_columns(module):
-        raise TypeError(f"no way to read the inputs of {type(module).__name__}")
-    if isinstance(module, nn.Linear):
-        tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    call = _call(module, inputs)
+    if call.form == "linear":
+        tokens = call.inputs.reshape(call.inputs.shape[0], -1, call.inputs.shape[-1])
         chosen = tokens[:, _positions(tokens.shape[1])]
         return chosen.flatten(0, 1).t()[None]
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    return _patches(module, inputs)
+    return _patches(call, call.weight.shape[2:])
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode).contiguous()
-    kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
-    if isinstance(module, nn.Conv1d):
+def _call(module: nn.Module, inputs: Tensor) -> LayerCall:
+    """Return the one functional call that a layer makes with its weight."""
+    try:
+        calls = layer_calls(module, inputs)
+    except Exception as error:  # somebody else's forward raises anything: one that wants more than its input, for one
+        raise UnreadableInputs(f"{type(module).__name__} does not run on its first input alone") from error
+    if len(calls) != 1:
+        times = f"{len(calls)} times" if calls else "in no convolution or linear map"
+        raise UnreadableInputs(f"{type(module).__name__} uses its weight {times}")
+    return calls[0]
+
+
+def _patches(call: LayerCall, kernel: tuple[int, ...]) -> Tensor:
+    options, flat = call.options, len(kernel) == 1
+    stride, dilation = (_sizes(options.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
+    padded = functional.pad(call.inputs, _margins(options.get("padding", 0), kernel, dilation)).contiguous()
+    if flat:
         padded, kernel, stride, dilation = padded[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     images, channels, height, width = padded.shape
     rows = (height - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
@@ -132,8 +137,24 @@ def _patches(module: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     )
     chosen = _positions(rows * columns)
     patches = view[chosen // columns, chosen % columns]
-    grouped = patches.reshape(len(chosen) * images, module.groups, -1)
+    grouped = patches.reshape(len(chosen) * images, int(options.get("groups", 1)), -1)
     return grouped.permute(1, 2, 0)
+
+
+def _sizes(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Return an option of a convolution for each of its dimensions: functional calls take one number for all."""
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    return sizes * count if len(sizes) == 1 else sizes
+
+
+def _margins(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Return zeros before and after each dimension, the last one first, as ``pad`` takes them."""
+    if padding == "same":  # torch puts the odd one behind
+        totals = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(size, size) for size in _sizes(0 if isinstance(padding, str) else padding, len(kernel))]
+    return [size for pair in reversed(pairs) for size in pair]
 
 
 def _positions(count: int) -> Tensor:

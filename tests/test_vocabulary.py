@@ -68,10 +68,7 @@ NOT_YET = frozenset(
         "jobs/stages/plan.py",
         "nestquant/calibrated.py",
         "nestquant/modules.py",
-        "nestquant/moments.py",
-        "workers/lanes.py",
         "workers/quantize.py",
-        "workers/reconstruct.py",
         "workers/synthesize.py",
     }
 )

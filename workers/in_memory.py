@@ -24,7 +24,7 @@ from workers.calibrate import observed
 from workers.errors import WorkError
 from workers.forward import check_input, extents, network_boundary, run_network
 from workers.lanes import Lanes, Walk
-from workers.reconstruct import chosen_levels, unreadable
+from workers.reconstruct import chosen_levels, too_wide
 from workers.synthesize import CHUNK, SAMPLES, make_chunk, normalised
 from workers.tasks import PieceTask
 from workers.threads import threads
@@ -74,12 +74,12 @@ def solve(network: nn.Module, layers: Sequence[PieceTask], chunks: Sequence[Tens
     lanes = Lanes(walked, [piece.layer for piece in layers], level_count)
     with threads(1):
         probed = lanes.probe(_example(chunks[0]), name)
-    without = dict(probed.left)
-    for layer in probed.left:
+    without = dict(probed.unsplit)
+    for layer in probed.unsplit:
         lanes.leave(layer)
     named = {piece.layer: piece for piece in layers}
     for layer in probed.laned:
-        reason = unreadable(walked.get_submodule(layer), named[layer])
+        reason = probed.unreadable.get(layer) or too_wide(named[layer])
         if reason is not None:
             without[layer] = reason
     walks = [lanes.start(chunk) for chunk in chunks]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nestquant.moments import UnreadableInputs, input_columns
 from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
 from workers.forward import check_input, run_network
@@ -24,10 +25,14 @@ from workers.forward import check_input, run_network
 
 @dataclass(frozen=True)
 class Probed:
-    """The layers that can be split, in the order of their first calls, and by name why the others cannot."""
+    """The layers that can be split, in the order of their first calls, and by name why the others cannot.
+
+    ``unreadable``: those among the first whose weights no inputs tell how to round, and why.
+    """
 
     laned: tuple[str, ...]
-    left: Mapping[str, str] = field(default_factory=dict)
+    unsplit: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
 
 _ATTENTION = "its query, key and value have one weight"
@@ -89,22 +94,29 @@ class Lanes:
                 would leave the lanes for no reason of their own.
             ModelError: the network does not run on the image.
         """
-        seen: dict[str, bool] = {}
+        alike: dict[str, bool] = {}
+        unreadable: dict[str, str] = {}
 
         def look(name: str, inputs: Tensor) -> None:
             check_input(name, inputs)
             parts = inputs.chunk(self.lanes) if inputs.shape[0] % self.lanes == 0 else ()
             same = bool(parts) and all(torch.allclose(parts[0], part, rtol=1e-3, atol=1e-4) for part in parts[1:])
-            seen[name] = seen.get(name, True) and same
+            alike[name] = alike.get(name, True) and same
+            if not same:
+                return
+            try:
+                input_columns(self.network.get_submodule(name), parts[0])
+            except UnreadableInputs as error:
+                unreadable[name] = str(error)
 
         _WATCH.look = look
         try:
             run_network(self.network, torch.cat([image] * self.lanes), name)
         finally:
             del _WATCH.look
-        laned = tuple(name for name, same in seen.items() if same)
-        left = {name: self._reason(name, called=name in seen) for name in self._names if name not in laned}
-        return Probed(laned, left)
+        laned = tuple(name for name, same in alike.items() if same)
+        unsplit = {name: self._reason(name, called=name in alike) for name in self._names if name not in laned}
+        return Probed(laned, unsplit, {name: reason for name, reason in unreadable.items() if name in laned})
 
     def _reason(self, layer: str, *, called: bool) -> str:
         if called:

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
-from nestquant.moments import Moments, has_columns, input_columns
+from nestquant.moments import Moments, input_columns
 from nestquant.quantized_weight import quantize_weight
 from storage.manifest import Record
 from storage.registry import Registry
@@ -104,11 +104,11 @@ class Member:
         index = {piece.layer: at for at, piece in enumerate(task.layers)}
         laned = tuple(index[name] for name in probed.laned)
         self._laned = set(laned)
-        without = {index[name]: reason for name, reason in probed.left.items()}
-        for name in probed.left:
+        without = {index[name]: reason for name, reason in probed.unsplit.items()}
+        for name in probed.unsplit:
             lanes.leave(name)
         for at in laned:
-            reason = unreadable(network.get_submodule(task.layers[at].layer), task.layers[at])
+            reason = probed.unreadable.get(task.layers[at].layer) or too_wide(task.layers[at])
             if reason is not None:
                 without[at] = reason
         return Begun(
@@ -146,10 +146,10 @@ class Member:
                 return None
             check_input(piece.layer, *inputs)
             x, *runs = (input_columns(module, lane) for lane in inputs)
-            found: dict[str, npt.NDArray[np.float64]] = {}
+            arrays: dict[str, npt.NDArray[np.float64]] = {}
             for level, y in enumerate(runs):
-                found |= {f"{level}/{name}": tensor.numpy() for name, tensor in _fields(Moments.of(x, y))}
-        return found
+                arrays |= {f"{level}/{name}": tensor.numpy() for name, tensor in _fields(Moments.of(x, y))}
+        return arrays
 
     def solve(
         self,
@@ -205,10 +205,8 @@ class Member:
                 self._applied.add(at)
 
 
-def unreadable(module: nn.Module, layer: PieceTask) -> str | None:
-    """Return why a layer's inputs do not tell how its weights are to be rounded, or None."""
-    if not has_columns(module):
-        return f"{type(module).__name__} reads its input in a way of its own"
+def too_wide(layer: PieceTask) -> str | None:
+    """Return why a layer has too many inputs for its moments, or None."""
     if layer.inputs > MAX_INPUTS:
         return f"one of its output channels has more than {MAX_INPUTS} inputs"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.modules import from_float
-from nestquant.moments import Moments, has_columns, input_columns
+from nestquant.moments import Moments, UnreadableInputs, input_columns
 from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import replace
 from storage.manifest import Record
@@ -179,7 +179,7 @@ def _run_float(
     name = task.context.network.title
     reference = [_logits(network, inputs, name) for inputs, _ in judged]
     module = network.get_submodule(task.layer.layer)
-    if not (has_columns(module) and task.layer.inputs <= MAX_INPUTS):
+    if task.layer.inputs > MAX_INPUTS:
         return reference, None
     total: Moments | None = None
     for inputs, _ in rest:
@@ -198,8 +198,9 @@ def _watched(module: nn.Module, layer: str) -> Iterator[list[Moments]]:
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
             check_input(layer, args[0])
-            columns = input_columns(module, args[0])
-            parts.append(Moments.of(columns, columns))
+            with suppress(UnreadableInputs):  # rounded without data, as the stage ``reconstruct`` does
+                columns = input_columns(module, args[0])
+                parts.append(Moments.of(columns, columns))
 
     handle = module.register_forward_pre_hook(note)
     try:

@@ -153,7 +153,7 @@ def test_a_layer_is_rounded_without_data_for_a_reason_that_the_notes_name(tiny_d
         evaluate=None,
     )
     expected = [
-        "1 layers were rounded without data (ConvTranspose2d reads its input in a way of its own): up.",
+        "1 layers were rounded without data (ConvTranspose2d uses its weight in no convolution or linear map): up.",
         "1 layers were rounded without data (its input does not come image by image along the first axis): turned.",
         "1 layers were rounded without data (its query, key and value have one weight): attention.",
         "1 layers were rounded without data (one of its output channels has more than 8192 inputs): wide.",

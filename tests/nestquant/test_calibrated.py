@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,7 +14,7 @@ from nestquant.calibrated import calibrate_weight
 from nestquant.config import NestConfig, Scheme
 from nestquant.error_feedback import damped, error_feedback_round
 from nestquant.modules import from_float
-from nestquant.moments import POSITIONS, Moments, has_columns, input_columns
+from nestquant.moments import POSITIONS, Moments, UnreadableInputs, input_columns
 from nestquant.nesting import recompose
 from nestquant.quantized_weight import quantize_weight
 
@@ -69,16 +70,66 @@ def test_the_positions_that_count_lie_all_over_the_image() -> None:
         assert counts.max() <= 47, counts
 
 
-def test_layers_that_read_their_input_otherwise_have_no_columns() -> None:
-    class Padded(nn.Conv2d):
-        def forward(self, inputs: Tensor) -> Tensor:
-            return super().forward(functional.pad(inputs, (0, 1, 0, 1)))
+class Padded(nn.Conv2d):
+    """Pads behind alone, and runs the convolution as a functional call."""
 
-    assert has_columns(nn.Conv2d(2, 2, 3))
-    for layer in (Padded(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.ReLU()):
-        assert not has_columns(layer)
-        with pytest.raises(TypeError, match="no way to read the inputs of"):
-            input_columns(layer, random(1, 2, 4, 4))
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.conv2d(functional.pad(inputs, (0, 1, 0, 1)), weight=self.weight, bias=self.bias, stride=2)
+
+
+class Rooted(nn.Linear):
+    """Runs over the root of its input."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs.abs().sqrt(), self.weight, bias=self.bias)
+
+
+def test_a_forward_of_its_own_is_read_at_the_call_with_the_weight() -> None:
+    inputs = random(2, 2, 4, 4)
+    columns = input_columns(Padded(2, 2, 3), inputs)
+    whole = nn.Conv2d(2, 2, 3, stride=2)
+    assert torch.equal(columns, input_columns(whole, functional.pad(inputs, (0, 1, 0, 1))))
+    assert torch.equal(input_columns(Rooted(4, 3), inputs[0]), input_columns(nn.Linear(4, 3), inputs[0].abs().sqrt()))
+    same = timm.layers.create_conv2d(4, 4, 3, stride=2, padding="same", depthwise=True)
+    assert type(same) is timm.layers.Conv2dSame
+    inputs = random(2, 4, 7, 8)  # an odd height and an even width: SAME pads them differently
+    outputs = same.weight.reshape(4, 1, -1) @ input_columns(same, inputs)
+    assert torch.allclose(outputs[:, 0].reshape(4, 16, 2).permute(2, 0, 1).reshape(2, 4, 4, 4), same(inputs), atol=1e-6)
+
+
+class Absolute(nn.Conv2d):
+    """Convolves with the sizes of its weights alone."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.conv2d(inputs, self.weight.abs())
+
+
+class Twice(nn.Linear):
+    """Uses its weight for two things."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(functional.linear(inputs, self.weight), self.weight)
+
+
+class Fed(nn.Linear):
+    """Wants something beside its input."""
+
+    def forward(self, inputs: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(inputs * scale)
+
+
+UNREADABLE = [
+    (Absolute(2, 2, 3), "Absolute uses its weight in no convolution or linear map"),
+    (nn.ConvTranspose2d(2, 2, 3), "ConvTranspose2d uses its weight in no convolution or linear map"),
+    (Twice(4, 4), "Twice uses its weight 2 times"),
+    (Fed(4, 4), "Fed does not run on its first input alone"),
+]
+
+
+@pytest.mark.parametrize(("layer", "reason"), UNREADABLE, ids=str)
+def test_layers_that_read_their_input_otherwise_have_no_columns(layer: nn.Module, reason: str) -> None:
+    with pytest.raises(UnreadableInputs, match=reason):
+        input_columns(layer, random(1, 2, 4, 4))
 
 
 def test_merged_moments_are_those_of_all_the_columns() -> None:
