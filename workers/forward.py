@@ -4,6 +4,7 @@ answer that is not finite is traced to the layer that gave it first.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,32 @@ def run_network(network: nn.Module, inputs: Tensor, name: str) -> Any:
             "checkpoint and the preprocessing."
         )
     return answer
+
+
+def input_fault(network: nn.Module) -> str:
+    """Return why a network's forward cannot be called with one input, by its signature; else the empty string."""
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled: it has none
+        return ""
+    places = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    needed = [one.name for one in places if one.default is one.empty]
+    needed += [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.default is one.empty]
+    if len(needed) > 1:
+        return f"its forward takes {len(needed)} inputs, {' and '.join(needed)}; expected one, an image"
+    takes_any = any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    return "" if places or takes_any else "its forward takes no input; expected one, an image"
+
+
+def classes_of(network: nn.Module, answer: Any) -> tuple[int | None, str]:
+    """Return how many classes a network's answer to one image tells apart, or None and why it tells none."""
+    if getattr(network, "num_classes", None) == 0:
+        return None, "it has no classifier (num_classes: 0) and gives features"
+    if not isinstance(answer, Tensor):
+        return None, f"it answers with a {type(answer).__name__} and not with one tensor"
+    if answer.ndim != 2 or answer.shape[1] < 2:
+        return None, f"it answers one image with a tensor {tuple(answer.shape)} and not (1, classes)"
+    return int(answer.shape[1]), ""
 
 
 def check_input(layer: str, *inputs: Tensor) -> None:

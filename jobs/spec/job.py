@@ -278,6 +278,19 @@ class JobSpec(Section):
         return self.quantize.mixed is not None or self.analysis is not None
 
     @property
+    def forwards(self) -> tuple[str, ...]:
+        """Return the keys of the spec for whose sake the network is run; the recipe ``paper`` alone reads weights."""
+        reasons = {
+            f"quantize.recipe {self.quantize.recipe!r}": self.recipe != "paper",
+            "quantize.activations": self.quantize.activations is not None,
+            "quantize.mixed": self.quantize.mixed is not None,
+            "analysis": self.analysis is not None,
+            "export": self.export is not None,
+            "evaluate": self.evaluate is not None,
+        }
+        return tuple(key for key, applies in reasons.items() if applies)
+
+    @property
     def inputs(self) -> dict[tuple[str, str], str]:
         """Return the files that the job reads, a checkpoint, image sets and labels: section and key -> path or URI."""
         places = {

@@ -108,6 +108,11 @@ def sensitivity_need(job: Job, samples: int) -> Need:
     return _need("sensitivity", resident_bytes, key)
 
 
+def trial_need(staged: StagedModel) -> Need:
+    """Return what a network's forward of one image needs, tried before work."""
+    return _need("stage", _network_bytes(staged) + _forward_bytes(staged), "preprocess.size")
+
+
 def member_need(job: Job, images: CalibrationSpec, members: int) -> Need:
     """Return what one of so many members of the gang holds: its images halted in mid-forward in every lane, a network a
     lane, the moments of the largest layer.
@@ -168,7 +173,7 @@ def _packed_bytes(plan: Plan) -> int:
 
 def _forward_bytes(staged: StagedModel) -> int:
     """What a forward pass holds for one image: its activations (traced), and the image twice."""
-    return staged.activation_bytes + 2 * _input_bytes(staged)
+    return staged.trace.activation_bytes + 2 * _input_bytes(staged)
 
 
 def _input_bytes(staged: StagedModel) -> int:

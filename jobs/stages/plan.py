@@ -151,9 +151,11 @@ def plan_layers(
         for layer in chosen
     ]
     if not chosen:
+        if not kept:
+            raise PlanError(f"Nothing to quantize in {title}: it has no layers of a kind that is quantized.")
         raise PlanError(
-            f"Nothing to quantize in {title}: "
-            f"{len(kept)} layers stay float ({shown([record.name for record in kept])})."
+            f"Nothing to quantize in {title}: {len(kept)} layers stay float ({shown([record.name for record in kept])}"
+            f"); the first, as {kept[0].reason}."
         )
     if recipe.recipe != "paper":
         chosen = [replace(layer, solution=index) for index, layer in enumerate(chosen)]

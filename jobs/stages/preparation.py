@@ -12,7 +12,7 @@ from jobs.spec.job import JobSpec
 from jobs.stages.code import stage_code
 from jobs.stages.job import Job, Observation
 from jobs.stages.labels import class_names
-from jobs.stages.memory import task_needs
+from jobs.stages.memory import task_needs, trial_need
 from jobs.stages.plan import Plan, make_plan, protection_notes
 from jobs.stages.signing import load_keys
 from jobs.stages.weights import StagedModel, outline, stage
@@ -20,11 +20,12 @@ from storage.errors import UnsafeStore
 from storage.registry import Registry
 from storage.stores.capabilities import has_create_only
 from storage.stores.uri import open_store
-from workers.errors import DataError
+from workers.errors import DataError, shown
 from workers.evaluate import beyond_classes
 from workers.executor import Executor
 from workers.inputs.files import require_room
 from workers.inputs.images import ImageSet, fetch_images
+from workers.trial import Trial, TrialTask, try_forward
 
 
 def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) -> Job:
@@ -44,9 +45,11 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
     with clock.stage("stage"):
         staged = stage(spec.model, spec.preprocess, network, folder, executor=executor, registry=kept_in, code=code)
         _check_channels(spec, staged)
+        if spec.forwards and not staged.trace.ran:
+            staged = _try_forward(spec, staged, executor)
         if images.judging is not None:
             _check_classes(spec, staged, images.judging)
-        names = class_names(spec, images.sets, folder, classes=staged.classes)
+        names = class_names(spec, images.sets, folder, classes=staged.trace.classes)
     with clock.stage("plan"):
         plan = plan_of(spec, staged)
         require_room(folder, plan.stored_bytes, "The version, pulled back to be checked,")
@@ -74,7 +77,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
 def plan_of(spec: JobSpec, staged: StagedModel, high_bits: Mapping[str, int] | None = None) -> Plan:
     """Return the plan of a staged model; ``high_bits`` were chosen layer by layer."""
     state = {name: (info.shape, info.size_bytes) for name, info in staged.tensors.items()}
-    return make_plan(spec, staged.scan, staged.order, state, high_bits=high_bits)
+    return make_plan(spec, staged.scan, staged.trace.order, state, high_bits=high_bits)
 
 
 def _check_store(registry: Registry, *, single_writer: bool) -> None:
@@ -148,21 +151,46 @@ def _check_channels(spec: JobSpec, staged: StagedModel) -> None:
         )
 
 
+def _try_forward(spec: JobSpec, staged: StagedModel, executor: Executor) -> StagedModel:
+    """Let a worker run a network that did not run without data, before other work: the job runs it later. Returns the
+    model with what its answer tells.
+
+    Raises:
+        PlanError: it does not run on one image.
+    """
+    title, fault, trial = f"{spec.model.library} {spec.model.arch}", staged.trace.fault, Trial()
+    if not fault:
+        need = trial_need(staged)
+        executor.require(need)
+        ((_, trial),) = executor.map(try_forward, [TrialTask(network=staged.network)], memory_bytes=need.memory_bytes)
+        fault = trial.fault
+    if fault:
+        recipe, *sections = spec.forwards if spec.recipe != "paper" else ("", *spec.forwards)
+        changes = ["say 'quantize: {recipe: paper}'"] if recipe else []
+        changes += [f"leave {shown(sections)} out"] if sections else []
+        raise PlanError(
+            f"{title} cannot run on one image: {fault}. The job runs it for {' and '.join(spec.forwards)}; "
+            f"{' and '.join(changes)} to quantize it without, or take a network of images."
+        )
+    return replace(staged, trace=replace(staged.trace, classes=trial.classes, no_classes=trial.no_classes))
+
+
 def _check_classes(spec: JobSpec, staged: StagedModel, images: ImageSet) -> None:
     """Refuse labels that the network's answers cannot be held against, as far as those are known before it ran."""
     assert spec.evaluate is not None, "there is nothing to be evaluated"
-    if staged.no_classes:
+    classes, no_classes = staged.trace.classes, staged.trace.no_classes
+    if no_classes:
         raise PlanError(
-            f"evaluate: {spec.model.library} {spec.model.arch} cannot be judged by labels: {staged.no_classes}; leave "
+            f"evaluate: {spec.model.library} {spec.model.arch} cannot be judged by labels: {no_classes}; leave "
             "'evaluate' out, or take a network that classifies."
         )
-    if staged.classes is None:
+    if classes is None:
         return
-    if (images.labelling.classes or 0) > staged.classes:
+    if (images.labelling.classes or 0) > classes:
         raise DataError(
-            f"{images.uri} has {images.labelling.reading}; the network has {staged.classes} classes. Take away the "
+            f"{images.uri} has {images.labelling.reading}; the network has {classes} classes. Take away the "
             "folders that are no classes, or say which they are in labels.csv."
         )
     highest = max(images.require_classes(spec.evaluate.limit))
-    if highest >= staged.classes:
-        raise DataError(beyond_classes(images, highest, staged.classes))
+    if highest >= classes:
+        raise DataError(beyond_classes(images, highest, classes))

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jobs.errors import PlanError
 from jobs.spec.job import PreprocessSpec
 from jobs.spec.model import ModelSpec
+from jobs.stages.trace import Trace, trace_forward
 from nestquant.engines.images import Preprocessing
-from nestquant.surgery import LayerScan, execution_order, find_layers
+from nestquant.surgery import LayerScan, find_layers
 from storage.layout import blob_key
 from storage.registry import Registry
-from workers.errors import Need, one_line
+from workers.errors import Need
 from workers.executor import Executor
-from workers.footprint import Footprint
 from workers.inputs import networks
 from workers.inputs.checkpoint import to_safetensors
 from workers.inputs.entry import LIBRARY
@@ -32,30 +31,22 @@ from workers.inputs.tensors import TensorInfo, TensorReader
 from workers.inputs.weights import MADE_BYTES_PER_BYTE, MEDIA_TYPE_CHECKPOINT, MadeWeights, WeightsTask, make_weights
 from workers.tasks import Code, NetworkRef, TensorSource
 
-_UNTRACED_INPUTS = 128
-"""Inputs that a network holds at once, at most, where it cannot be traced: VGG, the worst of the classics, holds 75."""
-
 
 @dataclass(frozen=True)
 class StagedModel:
     """A model ready to be planned: how tasks name it, its layers, and what is known of its tensors.
 
-    ``activation_bytes``: what one forward pass holds at once for each image, input and weights left out. ``classes``:
-    how many it tells apart; None where that is not known without running it, or where it tells none, as ``no_classes``
-    says.
+    ``trace`` is what its forward told without data.
     """
 
     network: NetworkRef
     source_digest: str
     tensors: Mapping[str, TensorInfo]
     scan: LayerScan
-    order: tuple[str, ...]
+    trace: Trace
     preprocessing: Preprocessing
     parameters: int
-    activation_bytes: int
     notes: tuple[str, ...]
-    classes: int | None = None
-    no_classes: str = ""
 
 
 def outline(spec: ModelSpec) -> nn.Module:
@@ -111,7 +102,7 @@ def stage(
         digest, source = _stored(weights.path, reader, registry)
         notes = weights.notes
     preprocessing = resolve_preprocessing(spec, network, preprocess)
-    trace = _trace(spec, network, preprocessing)
+    trace = trace_forward(spec, network, preprocessing)
     return StagedModel(
         network=NetworkRef(
             library=spec.library,
@@ -124,13 +115,10 @@ def stage(
         source_digest=digest,
         tensors=tensors,
         scan=find_layers(network),
-        order=trace.order,
+        trace=trace,
         preprocessing=preprocessing,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        activation_bytes=trace.activation_bytes,
         notes=(*notes, *trace.notes),
-        classes=trace.classes,
-        no_classes=trace.no_classes,
     )
 
 
@@ -194,71 +182,3 @@ def _stored(path: Path, reader: TensorReader, registry: Registry | None) -> tupl
         source = TensorSource(registry.store.uri, blob_key(digest), name=source.name)
     reader.check_unchanged()
     return digest, source
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """What a forward pass without data tells; see ``StagedModel``."""
-
-    order: tuple[str, ...]
-    activation_bytes: int
-    notes: tuple[str, ...]
-    classes: int | None
-    no_classes: str
-
-
-def _trace(spec: ModelSpec, network: nn.Module, preprocessing: Preprocessing) -> _Trace:
-    """Trace the order of execution, the memory of a forward and the shape of its answer without computing anything;
-    some networks do not run on the meta device, and are listed as registered.
-
-    Raises:
-        PlanError: it runs on the inputs that its library states, but not on those that the spec asks for.
-    """
-    shape = preprocessing.input_shape
-    example = torch.zeros(1, *shape, device="meta")
-    footprint, answers = Footprint(), list[Any]()
-    handle = network.register_forward_hook(lambda _, __, answer: answers.append(answer))
-    try:
-        with footprint:
-            traced = execution_order(network, example)
-    except Exception as error:  # whatever the network's forward raises
-        own = spec.library == LIBRARY
-        stated = shape if own else networks.default_preprocessing(spec.library, network, spec.kwargs).input_shape
-        if stated != shape and _runs(network, stated):
-            sides = " x ".join(map(str, shape))
-            raise PlanError(
-                f"preprocess: {spec.library} {spec.arch} does not run on inputs of {sides} ({one_line(error)}), but on "
-                f"{' x '.join(map(str, stated))}; leave preprocess.size, mean and std out, or set model.kwargs."
-            ) from error
-        order = tuple(site.name for site in find_layers(network).layers)
-        guessed = max(footprint.peak_bytes, _UNTRACED_INPUTS * example.nbytes)
-        text = f"{spec.arch} does not run without data ({type(error).__name__}): its layers stand as registered."
-        return _Trace(order, guessed, (text,), None, "")
-    finally:
-        handle.remove()
-    notes = (
-        ()
-        if not traced.never_ran
-        else (f"{len(traced.never_ran)} layers never ran and stand last: {', '.join(traced.never_ran[:3])}.",)
-    )
-    return _Trace(traced.names, footprint.peak_bytes, notes, *_classes(network, answers[-1]))
-
-
-def _runs(network: nn.Module, shape: tuple[int, int, int]) -> bool:
-    try:
-        with torch.no_grad():
-            network(torch.zeros(1, *shape, device="meta"))
-    except Exception:  # as above
-        return False
-    return True
-
-
-def _classes(network: nn.Module, answer: Any) -> tuple[int | None, str]:
-    """Return how many classes the answer to one image tells apart, or None and why it tells none."""
-    if getattr(network, "num_classes", None) == 0:
-        return None, "it has no classifier (num_classes: 0) and gives features"
-    if not isinstance(answer, Tensor):
-        return None, f"it answers with a {type(answer).__name__} and not with one tensor"
-    if answer.ndim != 2 or answer.shape[1] < 2:
-        return None, f"it answers one image with a tensor {tuple(answer.shape)} and not (1, classes)"
-    return int(answer.shape[1]), ""

@@ -49,9 +49,9 @@ def test_a_grey_network_is_traced_at_the_size_that_the_spec_says(tmp_path: Path)
     spec = ModelSpec(library="timm", arch="test_resnet", kwargs=KWARGS, checkpoint=str(weights))
     staged = stage(spec, GREY, outline(spec), tmp_path, executor=InProcessExecutor(), registry=None)
     assert staged.notes == ()
-    assert staged.order[0] == "conv1.0"
-    assert staged.order[-1] == "fc"
-    assert len(staged.order) == len(staged.scan.layers)
+    assert staged.trace.order[0] == "conv1.0"
+    assert staged.trace.order[-1] == "fc"
+    assert len(staged.trace.order) == len(staged.scan.layers)
 
 
 @pytest.mark.parametrize("in_store", [True, False])

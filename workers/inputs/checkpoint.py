@@ -4,8 +4,10 @@ dict.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +125,37 @@ def pretrained_state(library: str, arch: str, kwargs: dict[str, Any]) -> dict[st
 
 
 def random_state(library: str, arch: str, kwargs: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Return a state dict as the architecture initialises itself from this seed: for size tables and load tests."""
+    """Return a state dict as the architecture initialises itself from this seed: for size tables and load tests.
+
+    Tensors that it leaves as memory came are initialised as `torch.nn.Linear` is, matrices uniformly by their inputs
+    and vectors as zeros: the same seed gives the same bytes.
+    """
     with _SEEDED:
         torch.manual_seed(seed)
-        return networks.build(library, arch, kwargs).state_dict()
+        with _fresh_memory_is_nan():
+            state = networks.build(library, arch, kwargs).state_dict()
+        with torch.no_grad():
+            for tensor in state.values():
+                if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                    nn.init.zeros_(tensor) if tensor.ndim < 2 else nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+    return state
+
+
+@contextlib.contextmanager
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """Let torch fill what it allocates with NaN, which it does for deterministic runs alone, so that what a constructor
+    never initialises can be told from what it does.
+    """
+    filling: Any = torch.utils.deterministic  # its attribute is made at run time
+    before = filling.fill_uninitialized_memory
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        filling.fill_uninitialized_memory = before
 
 
 def open_network(network: NetworkRef) -> nn.Module:

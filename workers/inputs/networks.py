@@ -6,6 +6,7 @@ timm and pytorchcv are imported here alone.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,9 +62,20 @@ def build(
                 raise ModelError(f"model.library is {library!r}; expected 'timm', 'pytorchcv' or 'own'.")
     except ModelError:
         raise
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise ModelError(
+            f"{library} {arch} needs the Python package {package!r}, which is not installed; install it wherever "
+            "the network is built, or take another architecture."
+        ) from error
     except (
         Exception
     ) as error:  # the libraries raise anything: a network failure, an assertion, a TypeError on an argument
+        if meta and (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+            raise ModelError(
+                f"{library} {arch} cannot be planned: planning and devices build a network without memory first, and "
+                f"its constructor computes with values ({one_line(error)[:120]}); take another architecture."
+            ) from error
         request = "its pretrained weights" if pretrained else f"arguments {arguments}"
         hint = " Without a network, give model.checkpoint instead of model.pretrained." if pretrained else ""
         builder = "the factory" if library == LIBRARY else library
@@ -154,7 +166,7 @@ def default_preprocessing(library: str, model: nn.Module, kwargs: Mapping[str, A
     sides = getattr(model, "in_size", (224, 224))
     if not isinstance(sides, tuple | list) or len(sides) != 2:
         raise ModelError(f"{type(model).__name__} takes no images: its in_size is {sides!r}; expected (height, width).")
-    channels = int(arguments.get("in_channels", 3))
+    channels = int(arguments.get("in_channels", _own_channels(model)))
     height, width = int(sides[0]), int(sides[1])
     large = min(height, width) >= 128
     return Preprocessing(
@@ -163,6 +175,12 @@ def default_preprocessing(library: str, model: nn.Module, kwargs: Mapping[str, A
         mean=for_channels(IMAGENET_MEAN, channels),
         std=for_channels(IMAGENET_STD, channels),
     )
+
+
+def _own_channels(model: nn.Module) -> int:
+    """Return the channels that a network of pytorchcv takes unless an argument says so: its constructor's default."""
+    default = inspect.signature(type(model).__init__).parameters.get("in_channels")
+    return default.default if default is not None and isinstance(default.default, int) else 3
 
 
 def _timm_preprocessing(model: nn.Module, arguments: Mapping[str, Any]) -> Preprocessing:
