@@ -9,15 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nestquant.layer_calls import LayerCall, layer_calls
+from nestquant.weight_transforms import WeightTransform, transform_of
 
 POSITIONS = 128
 """Positions of one image that count, at most: patches overlap, and more of them say little new."""
+
+MAX_INPUTS = 8192
+"""More inputs of an output channel than these are taken in blocks."""
+
+BLOCK_INPUTS = 2048
+"""Inputs of one such block, at most."""
 
 _SEED = 0
 
@@ -83,22 +91,77 @@ class UnreadableInputs(TypeError):
     """A layer of which it is not known what its weight is multiplied by; the message says why."""
 
 
+@dataclass(frozen=True)
+class ReadInputs:
+    """What each output of a layer is computed from: ``columns`` float32 ``[G, K, positions]``.
+
+    ``transform``: how the layer's weight is transformed before.
+    """
+
+    columns: Tensor
+    transform: WeightTransform | None = None
+
+
 def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return what each output of a layer is computed from: float32 ``[G, K, positions]``.
 
     ``K`` is the number of inputs of one output channel (input channels of a group times kernel elements, in the order
-    of the flattened weight). At most ``POSITIONS`` of each image count, the same ones in every image of one size. The
-    layer runs on ``inputs``: what counts is the functional call that it makes with its weight (``layer_calls``).
+    of the flattened weight, output channels first). More than ``MAX_INPUTS`` come in blocks, each a group of its own
+    (``input_blocks``). At most ``POSITIONS`` of each image count, the same ones in every image of one size. The layer
+    runs on ``inputs``: what counts is the functional call that it makes with its weight (``layer_calls``).
 
     Raises:
-        UnreadableInputs: The layer makes no such call, or several.
+        UnreadableInputs: The layer makes no such call, or several, or transforms its weight before in a way of its own.
     """
+    return read_inputs(module, inputs).columns
+
+
+def read_inputs(module: nn.Module, inputs: Tensor) -> ReadInputs:
+    """Return ``input_columns`` with the transform of the weight; raises as it does."""
     call = _call(module, inputs)
+    try:
+        transform = transform_of(call, cast("Tensor", module.weight))
+    except ValueError as error:
+        raise UnreadableInputs(f"{type(module).__name__} {error}") from error
     if call.form == "linear":
         tokens = call.inputs.reshape(call.inputs.shape[0], -1, call.inputs.shape[-1])
         chosen = tokens[:, _positions(tokens.shape[1])]
-        return chosen.flatten(0, 1).t()[None]
-    return _patches(call, call.weight.shape[2:])
+        columns = chosen.flatten(0, 1).t()[None]
+    elif call.form == "convolution":
+        columns = _patches(call, call.weight.shape[2:])
+    else:
+        columns = _patches(_convolution_of(call), call.weight.shape[2:], flipped=True)
+    return ReadInputs(in_blocks(columns.transpose(1, 2)).transpose(1, 2), transform)
+
+
+def input_blocks(inputs: int) -> tuple[int, int]:
+    """Return into how many blocks the inputs of an output channel are split, and how many are in each of them.
+
+    A layer is solved block by block where one matrix of all its inputs would take over 512 MiB and its solution
+    minutes: what one block's rounding costs the outputs is not made good in another.
+    """
+    if inputs <= MAX_INPUTS:
+        return 1, inputs
+    blocks = -(-inputs // BLOCK_INPUTS)
+    return blocks, -(-inputs // blocks)
+
+
+def in_blocks(values: Tensor) -> Tensor:
+    """Return ``[G, R, K]`` as ``[G * blocks, R, inputs of a block]``, the last block filled up with zeros."""
+    groups, rows, inputs = values.shape
+    blocks, size = input_blocks(inputs)
+    if blocks == 1:
+        return values
+    padded = functional.pad(values, (0, blocks * size - inputs))
+    return padded.reshape(groups, rows, blocks, size).transpose(1, 2).flatten(0, 1)
+
+
+def from_blocks(values: Tensor, groups: int, inputs: int) -> Tensor:
+    """Return ``[groups, R, inputs]`` of what ``in_blocks`` made; its inverse."""
+    if values.shape[0] == groups:
+        return values
+    whole = values.reshape(groups, -1, *values.shape[1:]).transpose(1, 2).flatten(2)
+    return whole[..., :inputs]
 
 
 def _call(module: nn.Module, inputs: Tensor) -> LayerCall:
@@ -113,7 +176,23 @@ def _call(module: nn.Module, inputs: Tensor) -> LayerCall:
     return calls[0]
 
 
-def _patches(call: LayerCall, kernel: tuple[int, ...]) -> Tensor:
+def _convolution_of(call: LayerCall) -> LayerCall:
+    """Return a transposed convolution as one over its inputs with zeros between them (its kernel is flipped)."""
+    options, kernel = call.options, call.weight.shape[2:]
+    stride, padding, dilation, extra = (
+        _sizes(options.get(name, default), 2)
+        for name, default in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0))
+    )
+    height, width = call.inputs.shape[2:]
+    spaced = call.inputs.new_zeros((*call.inputs.shape[:2], (height - 1) * stride[0] + 1, (width - 1) * stride[1] + 1))
+    spaced[:, :, :: stride[0], :: stride[1]] = call.inputs
+    before = [step * (size - 1) - less for step, size, less in zip(dilation, kernel, padding, strict=True)]
+    margins = (before[1], before[1] + extra[1], before[0], before[0] + extra[0])
+    options = {"dilation": dilation, "groups": options.get("groups", 1)}
+    return LayerCall("convolution", functional.pad(spaced, margins), call.weight, options)
+
+
+def _patches(call: LayerCall, kernel: tuple[int, ...], *, flipped: bool = False) -> Tensor:
     options, flat = call.options, len(kernel) == 1
     stride, dilation = (_sizes(options.get(name, 1), len(kernel)) for name in ("stride", "dilation"))
     padded = functional.pad(call.inputs, _margins(options.get("padding", 0), kernel, dilation)).contiguous()
@@ -137,6 +216,8 @@ def _patches(call: LayerCall, kernel: tuple[int, ...]) -> Tensor:
     )
     chosen = _positions(rows * columns)
     patches = view[chosen // columns, chosen % columns]
+    if flipped:
+        patches = patches.flip((-2, -1))
     grouped = patches.reshape(len(chosen) * images, int(options.get("groups", 1)), -1)
     return grouped.permute(1, 2, 0)
 

@@ -20,11 +20,12 @@ from nestquant.norm_statistics import NormSums, put_statistics
 from nestquant.observers import Histogram
 from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
+from nestquant.weight_transforms import WeightTransform
 from workers.calibrate import observed
 from workers.errors import WorkError
 from workers.forward import check_input, extents, network_boundary, run_network
 from workers.lanes import Lanes, Walk
-from workers.reconstruct import chosen_levels, too_wide
+from workers.reconstruct import chosen_levels
 from workers.synthesize import CHUNK, SAMPLES, make_chunk, normalised
 from workers.tasks import PieceTask
 from workers.threads import threads
@@ -79,7 +80,7 @@ def solve(network: nn.Module, layers: Sequence[PieceTask], chunks: Sequence[Tens
         lanes.leave(layer)
     named = {piece.layer: piece for piece in layers}
     for layer in probed.laned:
-        reason = probed.unreadable.get(layer) or too_wide(named[layer])
+        reason = probed.unreadable.get(layer)
         if reason is not None:
             without[layer] = reason
     walks = [lanes.start(chunk) for chunk in chunks]
@@ -91,7 +92,8 @@ def solve(network: nn.Module, layers: Sequence[PieceTask], chunks: Sequence[Tens
                 with network_boundary(walked, f"{name} cannot run on inputs of {extents(chunks[0])}"):
                     moments = _moments(walked.get_submodule(layer), piece, walks, level_count)
             weight = _weight(network, piece)
-            solved = _solved(piece, weight, moments) if moments else _rounded(piece, weight)
+            transform = probed.transforms.get(layer)
+            solved = _solved(piece, weight, moments, transform) if moments else _rounded(piece, weight)
             if layer in probed.laned:
                 lanes.apply(layer, solved)
             reason = without.get(layer, "it was not called on any calibration input")
@@ -173,9 +175,11 @@ def _rounded(piece: PieceTask, weight: Tensor) -> QuantizedWeight:
         raise WorkError(f"Layer {piece.layer!r}: {error}") from error
 
 
-def _solved(piece: PieceTask, weight: Tensor, moments: Sequence[Moments]) -> QuantizedWeight:
+def _solved(
+    piece: PieceTask, weight: Tensor, moments: Sequence[Moments], transform: WeightTransform | None
+) -> QuantizedWeight:
     try:
         with threads(1):
-            return calibrate_weight(weight, piece.config, moments, groups=piece.groups)
+            return calibrate_weight(weight, piece.config, moments, groups=piece.groups, transform=transform)
     except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
         raise WorkError(f"Layer {piece.layer!r}: {error}") from error

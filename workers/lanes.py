@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestquant.moments import UnreadableInputs, input_columns
+from nestquant.moments import UnreadableInputs, read_inputs
 from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
+from nestquant.weight_transforms import WeightTransform
 from workers.forward import check_input, run_network
 
 
@@ -27,12 +28,14 @@ from workers.forward import check_input, run_network
 class Probed:
     """The layers that can be split, in the order of their first calls, and by name why the others cannot.
 
-    ``unreadable``: those among the first whose weights no inputs tell how to round, and why.
+    ``unreadable``: those among the first whose weights no inputs tell how to round, and why. ``transforms``: what
+    others do to their weights before they use them.
     """
 
     laned: tuple[str, ...]
     unsplit: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    transforms: Mapping[str, WeightTransform] = field(default_factory=dict)
 
 
 _ATTENTION = "its query, key and value have one weight"
@@ -96,6 +99,7 @@ class Lanes:
         """
         alike: dict[str, bool] = {}
         unreadable: dict[str, str] = {}
+        transforms: dict[str, WeightTransform] = {}
 
         def look(name: str, inputs: Tensor) -> None:
             check_input(name, inputs)
@@ -105,7 +109,9 @@ class Lanes:
             if not same:
                 return
             try:
-                input_columns(self.network.get_submodule(name), parts[0])
+                transform = read_inputs(self.network.get_submodule(name), parts[0]).transform
+                if transform is not None:
+                    transforms[name] = transform
             except UnreadableInputs as error:
                 unreadable[name] = str(error)
 
@@ -116,7 +122,8 @@ class Lanes:
             del _WATCH.look
         laned = tuple(name for name, same in alike.items() if same)
         unsplit = {name: self._reason(name, called=name in alike) for name in self._names if name not in laned}
-        return Probed(laned, unsplit, {name: reason for name, reason in unreadable.items() if name in laned})
+        unreadable = {name: reason for name, reason in unreadable.items() if name in laned}
+        return Probed(laned, unsplit, unreadable, transforms)
 
     def _reason(self, layer: str, *, called: bool) -> str:
         if called:

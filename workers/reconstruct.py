@@ -19,6 +19,7 @@ from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.moments import Moments, input_columns
 from nestquant.quantized_weight import quantize_weight
+from nestquant.weight_transforms import WeightTransform
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -34,9 +35,6 @@ from workers.scratch import scratch
 from workers.solutions import MEDIA_TYPE_SOLUTION, SolvedRecord, read_solution, save_solution
 from workers.tasks import PieceTask, TaskContext
 from workers.threads import threads
-
-MAX_INPUTS = 8192
-"""A layer with more inputs for an output channel is quantized without data: one matrix would take over 512 MiB."""
 
 Arrays = Mapping[str, npt.NDArray[np.float64]]
 
@@ -78,6 +76,7 @@ class Member:
         self._walks: list[Walk | None] = []
         self._applied: set[int] = set()
         self._laned: set[int] = set()
+        self._transforms: Mapping[str, WeightTransform] = {}
 
     def begin(self) -> Begun:
         """Load the network and the images.
@@ -103,12 +102,12 @@ class Member:
                 self._walks.append(None if batch is None else lanes.start(batch))
         index = {piece.layer: at for at, piece in enumerate(task.layers)}
         laned = tuple(index[name] for name in probed.laned)
-        self._laned = set(laned)
+        self._laned, self._transforms = set(laned), probed.transforms
         without = {index[name]: reason for name, reason in probed.unsplit.items()}
         for name in probed.unsplit:
             lanes.leave(name)
         for at in laned:
-            reason = probed.unreadable.get(task.layers[at].layer) or too_wide(task.layers[at])
+            reason = probed.unreadable.get(task.layers[at].layer)
             if reason is not None:
                 without[at] = reason
         return Begun(
@@ -172,7 +171,8 @@ class Member:
         try:
             with threads(1):
                 if levels:
-                    quantized = calibrate_weight(weight, piece.config, levels, groups=piece.groups)
+                    transform = self._transforms.get(piece.layer)
+                    quantized = calibrate_weight(weight, piece.config, levels, groups=piece.groups, transform=transform)
                 else:
                     quantized = quantize_weight(weight, piece.config)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
@@ -203,13 +203,6 @@ class Member:
                 weight = read_solution(self.registry, self.task.context.job, piece)
                 self._lanes.apply(piece.layer, weight)
                 self._applied.add(at)
-
-
-def too_wide(layer: PieceTask) -> str | None:
-    """Return why a layer has too many inputs for its moments, or None."""
-    if layer.inputs > MAX_INPUTS:
-        return f"one of its output channels has more than {MAX_INPUTS} inputs"
-    return None
 
 
 def chosen_levels(level_count: int, own_levels: int) -> list[int]:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.modules import from_float
-from nestquant.moments import Moments, UnreadableInputs, input_columns
+from nestquant.moments import Moments, UnreadableInputs, read_inputs
 from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import replace
+from nestquant.weight_transforms import WeightTransform
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.shard import build_shard
@@ -36,7 +37,6 @@ from workers.inputs.tensors import open_tensors
 from workers.ledger import Ledger
 from workers.pieces import PieceCode
 from workers.quantize import losses, read_piece
-from workers.reconstruct import MAX_INPUTS
 from workers.scratch import scratch
 from workers.tasks import PieceTask, TaskContext
 from workers.threads import threads
@@ -120,11 +120,11 @@ def measure_layer(task: SensitivityTask) -> SensitivityRecord:
     with scratch("sensitivity") as folder, threads(1):
         judged, rest, skipped = _images(task, folder)
         labelled = all(int(labels.min()) >= 0 for _, labels in judged)
-        reference, moments = _run_float(network, task, judged, rest)
+        reference, calls = _run_float(network, task, judged, rest)
         module = network.get_submodule(task.layer.layer)
         damages = []
         for bits in task.candidates:
-            quantized = _quantized(task, weight, bits, moments)
+            quantized = _quantized(task, weight, bits, calls)
             layer = from_float(module, quantized, residency="expanded")
             layer.nested.set_level(0)
             replace(network, task.layer.layer, layer)
@@ -174,49 +174,52 @@ def _images(task: SensitivityTask, folder: Path) -> tuple[list[Batch], list[Batc
 
 def _run_float(
     network: nn.Module, task: SensitivityTask, judged: Sequence[Batch], rest: Sequence[Batch]
-) -> tuple[list[Tensor], Moments | None]:
-    """Return the float network's answers, and the moments of the layer's inputs on the other images."""
+) -> tuple[list[Tensor], _Calls]:
+    """Return the float network's answers, and what the layer's inputs look like on the other images."""
     name = task.context.network.title
     reference = [_logits(network, inputs, name) for inputs, _ in judged]
-    module = network.get_submodule(task.layer.layer)
-    if task.layer.inputs > MAX_INPUTS:
-        return reference, None
-    total: Moments | None = None
+    calls = _Calls()
     for inputs, _ in rest:
-        with _watched(module, task.layer.layer) as parts:
+        with _watched(network.get_submodule(task.layer.layer), task.layer.layer, calls):
             run_network(network, inputs, name)
-        for part in parts:
-            total = part if total is None else Moments.merge([total, part])
-    return reference, total
+    return reference, calls
+
+
+@dataclass
+class _Calls:
+    """The moments of a layer's inputs over all its calls, None before the first; what it does to its weight."""
+
+    moments: Moments | None = None
+    transform: WeightTransform | None = None
 
 
 @contextmanager
-def _watched(module: nn.Module, layer: str) -> Iterator[list[Moments]]:
-    """Yield the moments of the layer's inputs, one for each call."""
-    parts: list[Moments] = []
+def _watched(module: nn.Module, layer: str, calls: _Calls) -> Iterator[None]:
+    """Add the moments of the layer's inputs up in ``calls``."""
 
     def note(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
             check_input(layer, args[0])
             with suppress(UnreadableInputs):  # rounded without data, as the stage ``reconstruct`` does
-                columns = input_columns(module, args[0])
-                parts.append(Moments.of(columns, columns))
+                inputs = read_inputs(module, args[0])
+                part = Moments.of(inputs.columns, inputs.columns)
+                calls.moments = part if calls.moments is None else Moments.merge([calls.moments, part])
+                calls.transform = inputs.transform
 
     handle = module.register_forward_pre_hook(note)
     try:
-        yield parts
+        yield
     finally:
         handle.remove()
 
 
-def _quantized(
-    task: SensitivityTask, weight: Tensor, bits: tuple[int, ...], moments: Moments | None
-) -> QuantizedWeight:
+def _quantized(task: SensitivityTask, weight: Tensor, bits: tuple[int, ...], calls: _Calls) -> QuantizedWeight:
     config = dataclasses.replace(task.layer.config, bits=bits)
     try:
-        if moments is None:
+        if calls.moments is None:
             return quantize_weight(weight, config)
-        return calibrate_weight(weight, config, [moments] * config.level_count, groups=task.layer.groups)
+        moments = [calls.moments] * config.level_count
+        return calibrate_weight(weight, config, moments, groups=task.layer.groups, transform=calls.transform)
     except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
         raise WorkError(f"Layer {task.layer.layer!r}: {error}") from error
 

@@ -14,10 +14,10 @@ from jobs.stages.job import Job
 from jobs.stages.plan import Plan
 from jobs.stages.weights import StagedModel
 from nestquant.config import NestConfig
+from nestquant.moments import input_blocks
 from workers.calibrate import NOISE_BATCH
 from workers.errors import Need
 from workers.executor import Executor
-from workers.reconstruct import MAX_INPUTS
 from workers.sensitivity import BATCH_SIZE, NOISE_SAMPLES
 from workers.synthesize import CHUNK, SAMPLES
 from workers.tasks import PieceTask
@@ -142,7 +142,8 @@ def gang_size(executor: Executor, images: CalibrationSpec, need_of: Callable[[in
 
 def moments_bytes(layer: PieceTask) -> int:
     """Return the memory that a layer's moments and their solution need in a worker, in bytes (from above)."""
-    return _MATRICES * 8 * layer.groups * layer.inputs**2 if layer.inputs <= MAX_INPUTS else 0
+    blocks, inputs = input_blocks(layer.inputs)
+    return _MATRICES * 8 * layer.groups * blocks * inputs**2
 
 
 def _need(stage: str, held_bytes: int, smaller: str) -> Need:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,13 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nestquant import moments as moments_module
 from nestquant.calibrated import calibrate_weight
 from nestquant.config import NestConfig, Scheme
 from nestquant.error_feedback import damped, error_feedback_round
 from nestquant.modules import from_float
-from nestquant.moments import POSITIONS, Moments, UnreadableInputs, input_columns
+from nestquant.moments import (
+    POSITIONS,
+    Moments,
+    UnreadableInputs,
+    from_blocks,
+    input_blocks,
+    input_columns,
+    read_inputs,
+)
 from nestquant.nesting import recompose
 from nestquant.quantized_weight import quantize_weight
+from nestquant.surgery import channel_first
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -104,6 +115,13 @@ class Absolute(nn.Conv2d):
         return functional.conv2d(inputs, self.weight.abs())
 
 
+class Multiplied(nn.Linear):
+    """Multiplies each input by a weight of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.weight
+
+
 class Twice(nn.Linear):
     """Uses its weight for two things."""
 
@@ -119,8 +137,8 @@ class Fed(nn.Linear):
 
 
 UNREADABLE = [
-    (Absolute(2, 2, 3), "Absolute uses its weight in no convolution or linear map"),
-    (nn.ConvTranspose2d(2, 2, 3), "ConvTranspose2d uses its weight in no convolution or linear map"),
+    (Absolute(2, 2, 3), "Absolute transforms its weight in a way that is not known"),
+    (Multiplied(4, 4), "Multiplied uses its weight in no convolution or linear map"),
     (Twice(4, 4), "Twice uses its weight 2 times"),
     (Fed(4, 4), "Fed does not run on its first input alone"),
 ]
@@ -130,6 +148,108 @@ UNREADABLE = [
 def test_layers_that_read_their_input_otherwise_have_no_columns(layer: nn.Module, reason: str) -> None:
     with pytest.raises(UnreadableInputs, match=reason):
         input_columns(layer, random(1, 2, 4, 4))
+
+
+TRANSPOSED = [
+    nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1),
+    nn.ConvTranspose2d(4, 6, 2, stride=2),
+    nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 3), padding=(1, 0), dilation=(2, 1), groups=2),
+]
+
+
+@pytest.mark.parametrize("layer", TRANSPOSED, ids=str)
+def test_a_transposed_convolution_is_one_over_spaced_inputs(layer: nn.ConvTranspose2d) -> None:
+    inputs = random(2, 4, 4, 3)
+    with torch.no_grad():
+        expected = layer(inputs) - layer.bias[:, None, None]  # type: ignore[index]
+        columns = input_columns(layer, inputs)
+        weight = channel_first(layer.weight, "conv_transpose2d", layer.groups)
+        outputs = (weight.reshape(layer.groups, 6 // layer.groups, -1) @ columns).flatten(0, 1)
+    # Positions are ascending, and for each of them come all images.
+    assert torch.allclose(outputs.reshape(6, -1, 2).permute(2, 0, 1), expected.flatten(2), atol=1e-5)
+
+
+STANDARDISED = [
+    timm.layers.StdConv2d(4, 6, 3, bias=True),
+    timm.layers.StdConv2dSame(4, 6, 3, stride=2, padding="same", bias=True),
+    timm.layers.ScaledStdConv2d(4, 6, 3, gamma=1.7),
+    timm.layers.ScaledStdConv2dSame(4, 6, 3, stride=2, padding="same", groups=2),
+]
+
+
+@pytest.mark.parametrize("layer", STANDARDISED, ids=str)
+@pytest.mark.parametrize("bits", [(8, 4), (8, 3)])
+def test_standardised_weights_are_solved_for_what_the_layer_makes_of_them(
+    layer: nn.Conv2d, bits: tuple[int, int]
+) -> None:
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight.copy_(0.2 * random(*layer.weight.shape, seed=3) + 0.1)
+    mixed = random(4, 4, seed=4)
+    inputs = torch.einsum("ij,njhw->nihw", mixed, random(40, 4, 6, 6, seed=5)) + 1
+    with torch.no_grad():
+        read = read_inputs(layer, inputs)
+        assert read.transform is not None
+        assert read.transform.centred
+        config, groups = NestConfig(bits=bits), layer.groups
+        moments = [Moments.of(read.columns, read.columns)] * 2
+        solved = calibrate_weight(layer.weight, config, moments, groups=groups, transform=read.transform)
+        blind = calibrate_weight(layer.weight, config, moments, groups=groups)
+        plain = quantize_weight(layer.weight, config)
+        # The stored weight is the layer's own: its scale is that of the float weights, not of the standardised ones.
+        assert (solved.dequantize(1) - layer.weight).abs().max() < 0.05
+        expected = layer(inputs)
+        errors = []
+        for weight in (solved, blind, plain):
+            nested = from_float(layer, weight)
+            nested.nested.set_level(0)
+            errors.append((nested(inputs) - expected).double())
+    biased, unaware, _ = (float(error.mean(dim=(0, 2, 3)).abs().max()) for error in errors)
+    assert biased < 2e-2
+    assert biased < 0.5 * unaware
+    assert errors[0].square().mean() < 0.7 * errors[2].square().mean()
+
+
+def test_a_scaled_weight_is_solved_as_it_is() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return functional.linear(inputs, self.weight * 0.5, self.bias)
+
+    layer, inputs = Scaled(6, 4), random(2, 9, 6)
+    read = read_inputs(layer, inputs)
+    assert read.transform is not None
+    assert not read.transform.centred
+    assert torch.equal(read.transform.apply(torch.ones(4, 6)), torch.full((4, 6), 0.5))
+    with torch.no_grad():
+        moments = [Moments.of(read.columns, read.columns)] * 2
+        solved = calibrate_weight(layer.weight, NestConfig(), moments, transform=read.transform)
+        same = calibrate_weight(layer.weight, NestConfig(), moments)
+    assert all(torch.equal(one, other) for one, other in zip(solved.parts, same.parts, strict=True))
+    assert solved.biases is not None
+    assert same.biases is not None
+    assert torch.allclose(solved.biases.float(), 0.5 * same.biases.float(), atol=1e-3)
+
+
+def test_many_inputs_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, inputs = nn.Conv2d(22, 8, 1, groups=2), random(60, 22, 3, 3) + 0.5
+    whole = input_columns(layer, inputs)
+    monkeypatch.setattr(moments_module, "MAX_INPUTS", 10)
+    monkeypatch.setattr(moments_module, "BLOCK_INPUTS", 4)
+    assert input_blocks(11) == (3, 4)
+    columns = input_columns(layer, inputs)
+    assert columns.shape == (6, 4, 540)
+    assert torch.equal(from_blocks(columns.mT, 2, 11).mT, whole)
+    assert torch.equal(columns[2, 3], torch.zeros(540))
+    weight, config = random(8, 11, 1, 1, seed=3), NestConfig(bits=(8, 3))
+    solved = calibrate_weight(weight, config, [Moments.of(columns, columns)] * 2, groups=2)
+    plain = quantize_weight(weight, config)
+    assert solved.biases is not None
+    with torch.no_grad():
+        expected = functional.conv2d(inputs, weight, groups=2)
+        ours = functional.conv2d(inputs, solved.dequantize(0), solved.biases[0].float(), groups=2) - expected
+        theirs = functional.conv2d(inputs, plain.dequantize(0), groups=2) - expected
+    assert ours.mean(dim=(0, 2, 3)).abs().max() < 1e-2
+    assert ours.square().mean() < 0.7 * theirs.square().mean()
 
 
 def test_merged_moments_are_those_of_all_the_columns() -> None:
