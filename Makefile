@@ -31,7 +31,7 @@ help:
 	@echo "make docs       the documentation site, strictly, into build/site"
 	@echo "make dist       wheel and sdist, installed into empty environments and tried; make wheels: are there wheels everywhere?"
 	@echo "make bench      speed and memory of the method; make tables: the tables of README.md and docs/"
-	@echo "make sweep      every architecture of timm and pytorchcv through a job, smallest of each family first (MINUTES=60)"
+	@echo "make sweep      which weights of every architecture of timm and pytorchcv have data; each through a job (MINUTES=60)"
 	@echo "make peers      top-1 beside other quantizers at INT4 and INT8 weights (builds their environments; hours)"
 
 # Compiled to byte code at once: uv leaves that to the first import, and where PYTHONDONTWRITEBYTECODE is set to every one.
@@ -110,6 +110,7 @@ zoo-survival: $(BIN)/.ready
 
 # Every architecture of timm and pytorchcv up to 30 M weights; goes on where it stopped. Hours in all: MINUTES= bounds one sitting.
 sweep: $(BIN)/.ready
+	$(BIN)/python -m tests.benchmarks.sweep --survey --minutes $(MINUTES)
 	$(BIN)/python -m tests.benchmarks.sweep --minutes $(MINUTES)
 
 tables: $(BIN)/.ready

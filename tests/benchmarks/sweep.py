@@ -5,6 +5,8 @@ against the float network on eight images of noise (fewer, where they have more 
 smallest architecture of every family comes first. A row is one line of ``docs/results/sweep.jsonl``, written as it
 ends, so that the next run goes on behind it; ``sweep.md`` beside it is made of all rows. Each architecture runs in a
 process of its own, which may take so many seconds and gigabytes.
+
+``--survey`` runs no job: it asks which weights have data (``tests.benchmarks.survey``), in seconds an architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import survey
+from tests.benchmarks.survey import Survey
+
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "sweep.jsonl"
+SURVEYS = RESULTS.with_name("survey.jsonl")
 MOST_WEIGHTS = 30_000_000
 IMAGES = 8
 MOST_PIXELS = 8 * 1024 * 512
@@ -61,9 +67,12 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10, help="memory of one process, at most")
     parser.add_argument("--minutes", type=float, default=60, help="start no further architecture after so long")
     parser.add_argument("--families", action="store_true", help="only the smallest of every family")
+    parser.add_argument("--survey", action="store_true", help="only which weights have data, without jobs")
     parser.add_argument("--again", action="store_true", help="run what failed before once more")
     arguments = parser.parse_args()
-    rows = {(row.library, row.arch): row for row in _load()}
+    kind: type[Row] | type[Survey] = Survey if arguments.survey else Row
+    results = SURVEYS if arguments.survey else RESULTS
+    rows = {(row.library, row.arch): row for row in _load(results, kind)}
     if arguments.again:
         rows = {key: row for key, row in rows.items() if row.failure is None}
     order = list(_order(arguments.patterns, families_only=arguments.families))
@@ -73,12 +82,20 @@ def main() -> None:
             continue
         if time.monotonic() - begin > 60 * arguments.minutes:
             break
-        row = _apart(Row(library, arch, family, parameters), arguments.seconds, arguments.gigabytes)
+        row = _apart(kind(library, arch, family, parameters), arguments.seconds, arguments.gigabytes)
         rows[library, arch] = row
-        _save(rows.values())
-        error = row.failure or f"part {row.part:.3f}, full {row.full:.4f}"
-        print(f"{library}/{arch} ({parameters / 1e6:.1f} M): {error}  {row.seconds:.0f} s", flush=True)
-    RESULTS.with_suffix(".md").write_text(table(list(rows.values())))
+        _save(results, rows.values())
+        print(f"{library}/{arch} ({parameters / 1e6:.1f} M): {_outcome(row)}  {row.seconds:.0f} s", flush=True)
+    page = survey.table(rows.values()) if arguments.survey else table(list(rows.values()))  # type: ignore[arg-type]
+    results.with_suffix(".md").write_text(page)
+
+
+def _outcome(row: Row | Survey) -> str:
+    if row.failure is not None:
+        return row.failure
+    if isinstance(row, Survey):
+        return f"{100 * row.share:.2f}% without data {row.without or ''}"
+    return f"part {row.part:.3f}, full {row.full:.4f}"
 
 
 def _order(patterns: Sequence[str], *, families_only: bool) -> Iterator[tuple[str, str, str, int]]:
@@ -126,7 +143,7 @@ def _parameters(library: str, arch: str) -> int:
     return sum(parameter.numel() for parameter in outline.parameters())
 
 
-def _apart(row: Row, seconds: float, gigabytes: float) -> Row:
+def _apart(row: Row | Survey, seconds: float, gigabytes: float) -> Row | Survey:
     """Run one architecture in a process of its own: forked, with everything imported."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -140,14 +157,18 @@ def _apart(row: Row, seconds: float, gigabytes: float) -> Row:
         found = {"failure": "its process died"}
     process.kill()
     process.join()
-    return Row(**{**asdict(row), **found, "seconds": round(time.monotonic() - begin, 1)})
+    return type(row)(**{**asdict(row), **found, "seconds": round(time.monotonic() - begin, 1)})
 
 
-def _child(row: Row, answer: Connection, most_bytes: int) -> None:
+def _child(row: Row | Survey, answer: Connection, most_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     try:
-        with tempfile.TemporaryDirectory(prefix="nestquant-sweeps-") as folder:
-            found: dict[str, Any] = _run(row, Path(folder))
+        found: dict[str, Any]
+        if isinstance(row, Survey):
+            found = survey.survey(row.library, row.arch)
+        else:
+            with tempfile.TemporaryDirectory(prefix="nestquant-sweeps-") as folder:
+                found = _run(row, Path(folder))
     except BaseException as error:
         found = {"failure": _why(error)}
     status = Path("/proc/self/status").read_text()
@@ -231,20 +252,20 @@ def _tensors(value: Any) -> Iterator[Any]:
     yield from (leaf for leaf in tree_leaves(value) if hasattr(leaf, "flatten"))
 
 
-def _load() -> list[Row]:
-    if not RESULTS.exists():
+def _load(results: Path, kind: type[Any]) -> list[Any]:
+    if not results.exists():
         return []
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
     return [
-        Row(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in rows
+        kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in rows
     ]
 
 
-def _save(rows: Iterable[Row]) -> None:
+def _save(results: Path, rows: Iterable[Row | Survey]) -> None:
     ordered = sorted(rows, key=lambda row: (row.library, row.arch))
-    temporary = RESULTS.with_suffix(".new")
+    temporary = results.with_suffix(".new")
     temporary.write_text("".join(f"{json.dumps(asdict(row))}\n" for row in ordered))
-    temporary.replace(RESULTS)
+    temporary.replace(results)
 
 
 def table(rows: list[Row]) -> str:
