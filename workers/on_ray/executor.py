@@ -28,6 +28,7 @@ from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, Wor
 from workers.executor import Gang
 from workers.on_ray.deadline import deadline
 from workers.on_ray.gang import RayGang, Seat
+from workers.on_ray.imports import import_fault
 from workers.on_ray.telemetry import count_commits, observed
 from workers.threads import use_threads
 
@@ -369,7 +370,9 @@ def _result(reference: Any, index: int) -> Any:
         raise _lost(error, index) from error
 
 
-def _lost(error: BaseException, index: int) -> WorkerLost:
+def _lost(error: BaseException, index: int) -> WorkError:
+    if (fault := import_fault(error)) is not None:
+        return fault
     first_line = str(error).strip().splitlines()[0]
     return WorkerLost(
         f"Task {index} lost its worker once too often ({type(error).__name__}: {first_line}). Too little memory "
