@@ -80,6 +80,11 @@ def one_line(error: BaseException) -> str:
     return kind + "".join(places)
 
 
+def system_text(error: OSError) -> str:
+    """Return what the operating system said, in one line."""
+    return in_one_line(str(error.strerror or "")).strip() or one_line(error)
+
+
 def size(count: int) -> str:
     """Return bytes for people: ``1.4 MB`` (decimal)."""
     value, unit = float(count), "B"

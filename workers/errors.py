@@ -26,7 +26,7 @@ from pathlib import Path
 from storage import wording
 from storage.wording import bounded
 
-one_line, printable = wording.one_line, wording.in_one_line
+one_line, printable, system_line = wording.one_line, wording.in_one_line, wording.system_text
 
 
 class WorkError(Exception):
@@ -118,8 +118,3 @@ def shown(names: Sequence[str], *, most: int = 6) -> str:
     """Return the names as a list for one line of text, the rest counted."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + rest
-
-
-def system_line(error: OSError) -> str:
-    """Return what the operating system said, in one line."""
-    return printable(str(error.strerror or "")).strip() or one_line(error)

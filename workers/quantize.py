@@ -22,7 +22,7 @@ from storage.registry import Registry
 from storage.shard import EncodedShard, IntegerTensor, build_base, build_shard
 from storage.stores.blob_store import BlobStore
 from storage.stores.uri import open_store
-from workers.errors import CheckpointError, WorkError, shown
+from workers.errors import CheckpointError, WorkError, one_line, shown
 from workers.inputs.tensors import TensorReader, open_tensors
 from workers.ledger import Ledger, damaged
 from workers.pieces import PieceCode
@@ -88,7 +88,7 @@ def _do(registry: Registry, source: TensorSource, unit: Unit, job: str) -> _Done
             if isinstance(unit, GroupTask)
             else ("Parameters", list(unit.parameters))
         )
-        raise WorkError(f"{kind} {shown(names)}: {type(error).__name__}: {error}") from error
+        raise WorkError(f"{kind} {shown(names)}: {one_line(error)}.") from error
 
 
 def run_bundle(bundle: Bundle) -> list[UnitResult]:

@@ -26,7 +26,7 @@ from storage.errors import Damaged
 from storage.files import open_regular, read_verified
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
-from workers.errors import ArtifactError, ModelError, shown
+from workers.errors import ArtifactError, ModelError, shown, system_line
 from workers.inputs import networks
 from workers.pieces import Grid, PieceCode
 
@@ -175,7 +175,7 @@ class FileBlobs:
             ) from error
         except OSError as error:
             raise ArtifactError(
-                f"{where}: cannot read {path}: {error.strerror or error}; pull or upgrade it again."
+                f"{where}: cannot read {path}: {system_line(error)}; pull or upgrade it again."
             ) from error
 
 

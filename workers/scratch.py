@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from workers.errors import ScratchError
+from workers.errors import ScratchError, system_line
 
 Kind = Literal["analyze", "calibrate", "evaluate", "export", "job", "measure", "reconstruct", "sensitivity", "weights"]
 
@@ -102,7 +102,7 @@ def temporary_folder() -> Path:
     try:
         return Path(tempfile.gettempdir())
     except OSError as error:
-        raise ScratchError(f"{error.strerror or error}; set TMPDIR to a folder with room for the weights.") from error
+        raise ScratchError(f"{system_line(error)}; set TMPDIR to a folder with room for the weights.") from error
 
 
 def sweep(place: Path) -> Swept:

@@ -9,8 +9,10 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -44,7 +46,7 @@ from storage.errors import (
     StoreUnavailable,
     WouldGoBack,
 )
-from storage.wording import printable, without_secrets
+from storage.wording import one_line, printable, system_text, without_secrets
 from workers.errors import NoCluster, ScratchFull, WorkError
 
 
@@ -141,8 +143,18 @@ def run(command: Callable[[], object], *, as_json: bool) -> NoReturn:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         code = _fail(
-            f"{error.filename or 'The system'}: {error.strerror or error}.",
+            f"{error.filename or 'The system'}: {system_text(error)}.",
             Exit.DISK if full else Exit.FAILED,
+            as_json=as_json,
+        )
+    except Exception as error:  # nobody's word about a file or a network: a fault of ours
+        if os.environ.get("NESTQUANT_TRACEBACK"):
+            traceback.print_exception(error)
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        code = _fail(
+            f"A fault of nestquant's own: {one_line(error)}, in {at.name} ({Path(at.filename).name}:{at.lineno}); "
+            "please report it with what NESTQUANT_TRACEBACK=1 in the environment shows.",
+            Exit.FAILED,
             as_json=as_json,
         )
     sys.exit(int(code))

@@ -36,6 +36,7 @@ from storage.layout import blob_key, manifest_key, tag_key
 from storage.manifest import Digest, ModelName, Record, canonical_json
 from storage.registry import Registry, Resolved
 from storage.stores.blob_store import BlobStore, is_key
+from storage.wording import system_text
 
 CONTENTS = "bundle.json"
 _BLOCK = tarfile.BLOCKSIZE
@@ -240,6 +241,6 @@ def _stick_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(
-            f"{path}: {error.strerror or error}; with the bundle in place again, the same command goes on",
+            f"{path}: {system_text(error)}; with the bundle in place again, the same command goes on",
             retryable=False,
         ) from error

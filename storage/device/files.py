@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from storage.device.errors import FULL, CacheError, NoSpace, NotOurs
+from storage.wording import system_text
 
 FOLDER_MODE, FILE_MODE = 0o755, 0o644
 # A link is an error of open itself, and a pipe that somebody put there must not make it wait.
@@ -30,9 +31,9 @@ def disk_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise NoSpace(
-                f"{what}: {error.strerror}; free space, downgrade or remove a model, then run again"
+                f"{what}: {system_text(error)}; free space, downgrade or remove a model, then run again"
             ) from error
-        raise CacheError(f"{what}: {error.strerror or error}") from error
+        raise CacheError(f"{what}: {system_text(error)}") from error
 
 
 def is_file(path: Path) -> bool:

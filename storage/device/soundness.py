@@ -10,6 +10,7 @@ from storage.device.errors import NotInstalled
 from storage.device.files import disk_errors, is_file
 from storage.errors import StorageError
 from storage.manifest import Descriptor
+from storage.wording import system_text
 
 _BLOCK_BYTES = 1 << 20
 
@@ -26,7 +27,7 @@ def fault(cache: Cache, blob: Descriptor) -> str | None:
                 hasher.update(block)
                 size_bytes += len(block)
     except OSError as error:  # a bad sector: as good as wrong bytes
-        return f"{blob.digest}: cannot be read after {size_bytes} bytes ({error.strerror or error})"
+        return f"{blob.digest}: cannot be read after {size_bytes} bytes ({system_text(error)})"
     if size_bytes != blob.size_bytes:
         return f"{blob.digest}: {size_bytes} bytes, expected {blob.size_bytes}"
     actual = f"sha256:{hasher.hexdigest()}"

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, Key, SSlibKey
 
 from storage.errors import StorageError
+from storage.wording import system_text
 
 
 class SigningError(StorageError):
@@ -41,7 +42,7 @@ def generate_key(path: Path, *, passphrase: str | None = None) -> CryptoSigner:
     except FileExistsError as error:
         raise SigningError(f"{error.filename} exists; a key is never overwritten") from error
     except OSError as error:
-        raise SigningError(f"{path}: {error.strerror}") from error
+        raise SigningError(f"{path}: {system_text(error)}") from error
     return CryptoSigner(private)
 
 
@@ -56,7 +57,7 @@ def load_key(place: str | Path, *, passphrase: str | None = None) -> CryptoSigne
         try:
             pem = Path(place).read_bytes()
         except OSError as error:
-            raise SigningError(f"key {text}: {error.strerror}") from error
+            raise SigningError(f"key {text}: {system_text(error)}") from error
     try:
         private = load_pem_private_key(pem, passphrase.encode() if passphrase else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -71,7 +72,7 @@ def load_public_key(path: Path) -> Key:
     try:
         public = load_pem_public_key(path.read_bytes())
     except OSError as error:
-        raise SigningError(f"key {path}: {error.strerror}") from error
+        raise SigningError(f"key {path}: {system_text(error)}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SigningError(f"key {path}: not a PEM public key") from error
     if not isinstance(public, Ed25519PublicKey):

@@ -37,6 +37,7 @@ from storage.errors import (
 from storage.files import open_regular
 from storage.layout import CACHE_MARKER
 from storage.stores.blob_store import BlobStore, ObjectInfo, Opened, PutMode, check_key, check_limit, is_key
+from storage.wording import system_text
 
 _PIECE_BYTES = 1 << 20
 _TEMPORARY = ".tmp"  # no key begins with a dot, so nothing in there is ever listed
@@ -129,7 +130,8 @@ class LocalStore(BlobStore):
             except OSError as error:
                 if error.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
                     raise UnsafeStore(
-                        f"{self.root}: this file system makes no hard links ({error.strerror}); choose another folder",
+                        f"{self.root}: this file system makes no hard links ({system_text(error)}); choose another "
+                        "folder",
                         key=key,
                     ) from error
                 raise
@@ -262,8 +264,8 @@ class LocalStore(BlobStore):
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
                     raise
                 raise UnsafeStore(
-                    f"{self.root}: this file system has no locks ({error.strerror}); choose another folder, or mount "
-                    "it with locks"
+                    f"{self.root}: this file system has no locks ({system_text(error)}); choose another folder, or "
+                    "mount it with locks"
                 ) from error
             yield
 
@@ -278,7 +280,7 @@ class LocalStore(BlobStore):
             raise NotFound(f"{key}: no such object in {self.uri}", key=key) from None
         except PermissionError as error:
             raise AccessDenied(
-                f"{key}: {error.strerror} on {error.filename}; check the folder's owner and mode", key=key
+                f"{key}: {system_text(error)} on {error.filename}; check the folder's owner and mode", key=key
             ) from error
         except OSError as error:
             raise _translate(self.root, key, error) from error
@@ -291,7 +293,7 @@ def _translate(root: Path, key: str, error: OSError) -> StorageError:
         return AccessDenied(f"{root} is on a read-only file system; name a store that can be written", key=key)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):  # the latter from mkdir; that of link is met where it is called
         return BadKey(f"{key}: part of it is an object in {root}; a key cannot be both object and folder", key=key)
-    return StoreUnavailable(f"{key}: {error.strerror or error} in {root}", key=key)
+    return StoreUnavailable(f"{key}: {system_text(error)} in {root}", key=key)
 
 
 def _info(key: str, status: os.stat_result) -> ObjectInfo:

@@ -107,7 +107,7 @@ def load_factory(entry: str) -> Factory:
             f"model.factory {entry}: there is no module {missing!r} on this machine; install it wherever work is done, "
             "or let it travel: model.code: path/to/file.py."
         ) from error
-    except Exception as error:  # whatever the module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise ModelError(f"model.factory {entry}: importing {module_name} failed: {one_line(error)}.") from error
     factory = getattr(module, name, None)
     if not callable(factory):

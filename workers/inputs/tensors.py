@@ -28,7 +28,7 @@ from storage.digest import file_version
 from storage.layout import is_blob_key
 from storage.stores.uri import open_store
 from storage.tensor_file import is_shape
-from workers.errors import CheckpointError, printable
+from workers.errors import CheckpointError, one_line, printable
 from workers.inputs.files import reading
 from workers.inputs.values import check_values
 from workers.inputs.writing import writing
@@ -167,7 +167,9 @@ class TensorReader:
             prefix = self._ranges.read(0, 8)
             length = struct.unpack("<Q", prefix)[0]
             if not 2 <= length <= HEADER_CAP_BYTES:
-                raise ValueError(f"header length {length}")
+                raise CheckpointError(
+                    f"{self.source} is not a safetensors file (header length {length}); expected .safetensors, .pth or .pt."
+                )
             header = self._ranges.read(8, length)
             if len(header) < length:
                 raise CheckpointError(
@@ -188,7 +190,7 @@ class TensorReader:
             }
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             raise CheckpointError(
-                f"{self.source} is not a safetensors file ({error}); expected .safetensors, .pth or .pt."
+                f"{self.source} is not a safetensors file ({one_line(error)}); expected .safetensors, .pth or .pt."
             ) from error
         end = base
         for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size_bytes)):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
-from workers.errors import CheckpointError, shown
+from workers.errors import CheckpointError, one_line, shown
 
 FileKind = Literal["safetensors", "torch zip", "torch legacy"]
 
@@ -182,9 +182,8 @@ def load_pickled(path: Path, name: str, kind: FileKind) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch zip")
         except Exception as error:  # torch.load raises pickle, zip, runtime and value errors alike
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
-                f"{name} cannot be read as a state dict with weights_only: {lines[0].rstrip('.')}; {_ADVICE}."
+                f"{name} cannot be read as a state dict with weights_only: {one_line(error).rstrip('.')}; {_ADVICE}."
             ) from error
 
 
@@ -209,14 +208,16 @@ def _named(path: Path, name: str, kind: FileKind) -> set[str]:
         with zipfile.ZipFile(path) as archive:
             entry = next(one for one in archive.infolist() if one.filename.partition("/")[2] == "data.pkl")
             if entry.file_size > _LONGEST_PICKLE:
-                raise ValueError(f"{entry.file_size} bytes of names alone, at most {_LONGEST_PICKLE} expected")
+                raise CheckpointError(
+                    f"{name} is cut short or damaged ({entry.file_size} bytes of names alone, at most {_LONGEST_PICKLE} "
+                    "expected); copy it anew."
+                )
             with archive.open(entry) as stream:  # which ends where the archive says
                 return _globals(io.BytesIO(stream.read(_LONGEST_PICKLE)), name)
     except CheckpointError:
         raise
     except Exception as error:  # of bytes that are no pickle: values, lengths beyond memory, what zipfile raises
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{name} is cut short or damaged ({lines[0]}); copy it anew.") from error
+        raise CheckpointError(f"{name} is cut short or damaged ({one_line(error)}); copy it anew.") from error
 
 
 def _globals(stream: BinaryIO, name: str) -> set[str]:

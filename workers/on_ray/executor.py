@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from storage.errors import StoreUnavailable
 from storage.registry import Published
-from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, WorkError
+from workers.errors import DoesNotFit, Need, NoCluster, Stopped, WorkerLost, WorkError, system_line
 from workers.executor import Gang
 from workers.on_ray.deadline import deadline
 from workers.on_ray.gang import RayGang, Seat
@@ -324,7 +324,7 @@ def _check_address(address: str) -> None:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError as error:
         raise NoCluster(
-            f"cluster.address {address!r}: nothing answers there ({error.strerror or error}). Is the cluster up, and "
+            f"cluster.address {address!r}: nothing answers there ({system_line(error)}). Is the cluster up, and "
             "its port open to this machine? 'nestquant submit' needs its dashboard alone."
         ) from error
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cli.options import DEFAULT_CACHE, Cache, Json, mode_of, print_json, split_ref
-from storage.wording import size
+from storage.wording import size, system_text
 
 if TYPE_CHECKING:
     from storage.device import Device, Event, Moved
@@ -261,7 +261,9 @@ def _root_of_trust(path: Path | None) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Untrusted(f"--trust {path}: {error.strerror}; 'nestquant keys init' writes a root of trust.") from error
+        raise Untrusted(
+            f"--trust {path}: {system_text(error)}; 'nestquant keys init' writes a root of trust."
+        ) from error
 
 
 def _machine_id() -> str | None:
