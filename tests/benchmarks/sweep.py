@@ -73,9 +73,10 @@ def main() -> None:
     kind: type[Row] | type[Survey] = Survey if arguments.survey else Row
     results = SURVEYS if arguments.survey else RESULTS
     rows = {(row.library, row.arch): row for row in _load(results, kind)}
-    if arguments.again:
-        rows = {key: row for key, row in rows.items() if row.failure is None}
     order = list(_order(arguments.patterns, families_only=arguments.families))
+    if arguments.again:
+        asked = {one[:2] for one in order}
+        rows = {key: row for key, row in rows.items() if row.failure is None or key not in asked}
     begin = time.monotonic()
     for library, arch, family, parameters in order:
         if (library, arch) in rows:
@@ -186,7 +187,7 @@ def _run(row: Row, folder: Path) -> dict[str, Any]:
     from workers import runtime
     from workers.errors import WorkError
     from workers.executor import InProcessExecutor
-    from workers.forward import run_network
+    from workers.forward import input_fault, run_network
     from workers.inputs import networks
     from workers.inputs.checkpoint import random_state
 
@@ -215,6 +216,8 @@ def _run(row: Row, folder: Path) -> dict[str, Any]:
         "share": manifest.sizes.weights / max(1, manifest.model.parameters),
         "notes": result.notes,
     }
+    if fault := input_fault(float_network):
+        return {**found, "failure": f"published by its weights alone; not run, as {fault}"}
     with torch.inference_mode():
         try:
             expected = run_network(float_network.eval(), inputs, f"{row.library} {row.arch}")

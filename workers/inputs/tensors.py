@@ -168,7 +168,8 @@ class TensorReader:
             length = struct.unpack("<Q", prefix)[0]
             if not 2 <= length <= HEADER_CAP_BYTES:
                 raise CheckpointError(
-                    f"{self.source} is not a safetensors file (header length {length}); expected .safetensors, .pth or .pt."
+                    f"{self.source} is not a safetensors file (header length {length}); expected .safetensors, .pth "
+                    "or .pt."
                 )
             header = self._ranges.read(8, length)
             if len(header) < length:

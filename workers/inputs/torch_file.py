@@ -209,8 +209,8 @@ def _named(path: Path, name: str, kind: FileKind) -> set[str]:
             entry = next(one for one in archive.infolist() if one.filename.partition("/")[2] == "data.pkl")
             if entry.file_size > _LONGEST_PICKLE:
                 raise CheckpointError(
-                    f"{name} is cut short or damaged ({entry.file_size} bytes of names alone, at most {_LONGEST_PICKLE} "
-                    "expected); copy it anew."
+                    f"{name} is cut short or damaged ({entry.file_size} bytes of names alone, at most "
+                    f"{_LONGEST_PICKLE} expected); copy it anew."
                 )
             with archive.open(entry) as stream:  # which ends where the archive says
                 return _globals(io.BytesIO(stream.read(_LONGEST_PICKLE)), name)
