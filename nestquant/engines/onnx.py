@@ -93,6 +93,7 @@ class Session:
         level: int | None = None,
         residency: Residency = "fast",
         threads: int | None = None,
+        exact: bool = False,
     ) -> None:
         """Open the version in use of a model.
 
@@ -102,6 +103,8 @@ class Session:
             level: 0 is part-bit; by default the highest that is here.
             residency: see above.
             threads: of the engine, for one request; by default one for each core.
+            exact: where the processor's products saturate (x86 without VNNI), take the slower ones that do not; of
+                *fast* alone.
 
         Raises:
             NotExported: the version has no graph for this engine.
@@ -115,7 +118,7 @@ class Session:
         record = self._exported()
         self._graph = self._read(record.graph)
         self._layout, self._values = read_layout(self._read(record.layout), self.manifest)
-        self._options = (threads, not record.activations)
+        self._options = (threads, not record.activations, exact)
         self._switch = threading.Lock()
         self._shared: ort.InferenceSession | None = None
         if residency == "hot":
@@ -212,9 +215,10 @@ class Session:
         return _Given(level, self._shared, weights)
 
     def _engine(self, graph: bytes, tensors: dict[str, Array]) -> ort.InferenceSession:
-        threads, float_weights = self._options
+        threads, float_weights, exact = self._options
+        chosen = options(threads=threads, float_weights=float_weights, exact=exact)
         try:
-            return session_with(graph, tensors, options(threads=threads, float_weights=float_weights))
+            return session_with(graph, tensors, chosen)
         except Exception as error:  # as above
             raise EngineError(f"{self._where()}: ONNX Runtime refuses the graph: {one_line(error)}.") from error
 

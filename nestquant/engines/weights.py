@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nestquant.config import NestConfig, level_shifts
+from nestquant.config import NestConfig
 from nestquant.packing import unpack
 from storage.engine_layout import EngineTensor, Layout
 from storage.errors import InvalidShard
@@ -52,11 +52,12 @@ def engine_tensors(
 def full_grid_integers(layer: LayerRecord, shards: _Shards, level: int) -> Array:
     """Return a layer's integers at a level as integers of the full-bit grid: int8 ``[O, weights of one channel]``."""
     level = min(level, len(layer.bits) - 1)
-    widths, shifts = NestConfig(bits=layer.bits, scheme=layer.scheme).level_bits, (0, *level_shifts(layer.bits))
+    widths = NestConfig(bits=layer.bits, scheme=layer.scheme).level_bits
     rows = math.prod(layer.shape) // layer.out_channels()
-    value = np.zeros((layer.out_channels(), rows), np.int16)
+    full, value = layer.bits[0], np.empty((layer.out_channels(), rows), np.int8)
     for step in range(level + 1):
-        value <<= shifts[step]
+        # On the full-bit grid levels add up, each shifted by what its own grid lacks: eight bits hold each of them.
+        shift = full - layer.bits[-1 - step]
         for piece in layer.pieces:
             key = piece_key(layer.name, piece.start, piece.stop, step)
             shard, shape = shards.at(piece.group, step), (piece.stop - piece.start, rows)
@@ -66,11 +67,20 @@ def full_grid_integers(layer: LayerRecord, shards: _Shards, level: int) -> Array
                 if shard.codec == "zstd"
                 else unpack(payload.view(np.uint8), widths[step], shape)
             )
-            value[piece.start : piece.stop] += part
-    grid = layer.bits[-1 - level]
-    if int(value.min()) < -(1 << (grid - 1)) or int(value.max()) >= 1 << (grid - 1):
-        raise InvalidShard(f"layer {layer.name!r}: its levels add up beyond {grid} bits; they are not of one version")
-    return (value << (layer.bits[0] - grid)).astype(np.int8)
+            at = value[piece.start : piece.stop]
+            if step == 0:
+                np.left_shift(part, shift, out=at)
+                continue
+            # The last integer of a grid and the largest low part come to the last one of the finer grid: a sum leaves
+            # it at the lower end alone.
+            lowest = at == -(1 << (full - 1))
+            if lowest.any() and int(part[lowest].min()) < 0:
+                raise InvalidShard(
+                    f"layer {layer.name!r}: its levels add up beyond {layer.bits[-1 - step]} bits; they are not of one "
+                    "version"
+                )
+            np.add(at, part << shift if shift else part, out=at)
+    return value
 
 
 class _Shards:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +15,22 @@ from nestquant.engines.images import photo_input
 from nestquant.engines.onnx import Session
 from storage.device import Device
 from tests.benchmarks.accuracy_table import MODELS
-from tests.conftest import ROOT
+from tests.engines.empty_device import install, run
 from tests.engines.published import publish
 
 NOT_ON_A_DEVICE = ("torch", "torchvision", "timm", "pytorchcv", "ray", "onnx", "onnxscript", "boto3", "numba", "scipy")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-UV = str(Path(sys.executable).parent / "uv")
-
-
-def run(*words: object, cwd: Path) -> str:
-    """Run a program with nothing of ours in its environment; return what it prints."""
-    ours = ("PYTHON", "NESTQUANT", "VIRTUAL")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    done = subprocess.run(
-        [str(word) for word in words], cwd=cwd, env=clean, capture_output=True, text=True, check=False
-    )
-    assert not done.returncode, f"{words}: {done.stdout}{done.stderr}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty environment with the wheel and extra ``onnx``; no package registry: skips, fails where CI=true."""
-    folder = tmp_path_factory.mktemp("device")
-    place = folder / "environment"
     try:
-        run(UV, "build", "--quiet", "--out-dir", folder, ROOT, cwd=folder)
-        run(UV, "venv", "--quiet", "--python", sys.executable, place, cwd=folder)
-        (wheel,) = folder.glob("*.whl")
-        pinned = ("--python", place / "bin" / "python", "--constraint", ROOT / "constraints.txt")
-        run(UV, "pip", "install", "--quiet", *pinned, f"{wheel}[onnx]", cwd=folder)
-    except AssertionError as error:
+        return install(tmp_path_factory.mktemp("device"))
+    except RuntimeError as error:
         if os.environ.get("CI") != "true" and "error sending request" in str(error):
             pytest.skip("no package registry answers")
         raise
-    return place
 
 
 def installed_bytes(environment: Path) -> dict[str, int]:

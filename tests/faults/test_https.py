@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from storage.device import Device, HttpClient, HttpSource, Retry
 from storage.device.errors import DeviceError, SourceError
@@ -21,6 +14,7 @@ from storage.manifest import Manifest
 from tests.faults import proxy as fault
 from tests.faults.conftest import Origin, WebServer
 from tests.faults.proxy import Proxy, faulty
+from tests.servers.certificate import write_certificate
 from tests.storage.device.artifacts import publish
 
 FAST = Retry(attempts=2, base_s=0.001)
@@ -28,20 +22,7 @@ FAST = Retry(attempts=2, base_s=0.001)
 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for 127.0.0.1, with its key in the same file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.now(UTC)
-    begin, end = now - timedelta(hours=1), now + timedelta(hours=1)
-    serial = x509.random_serial_number()
-    builder = x509.CertificateBuilder(name, name, key.public_key(), serial, begin, end)
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = builder.add_extension(names, critical=False)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM) + private)
-    return path
+    return write_certificate(tmp_path_factory.mktemp("tls") / "server.pem")
 
 
 @pytest.fixture

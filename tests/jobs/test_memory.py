@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 
 from jobs.driver import run_job
@@ -19,6 +20,7 @@ from jobs.stages.memory import PROCESS_BYTES, SLACK_BYTES
 from jobs.stages.preparation import prepare
 from workers.errors import DoesNotFit, Need
 from workers.executor import Gang, InProcessExecutor
+from workers.inputs.checkpoint import random_state, save_state
 from workers.synthesize import CHUNK
 
 Document = Callable[..., dict[str, Any]]
@@ -36,6 +38,8 @@ from jobs.stages.evaluation import measure_tasks
 from jobs.events import StageClock
 from jobs.spec.file import parse_spec
 from storage.manifest import Manifest
+from jobs.stages.export import range_images
+from workers.engines.export import ExportTask, export_version
 from workers.inputs import networks
 from workers.calibrate import observe
 from workers.executor import InProcessExecutor
@@ -47,6 +51,13 @@ with tempfile.TemporaryDirectory() as folder:
     prepared = prepare(spec, InProcessExecutor(), Path(folder), StageClock(lambda _: None))
     if stage == "calibrate":
         work, task = observe, calibrate_tasks(prepared, spec.quantize.activations)[0]
+    elif stage == "export":
+        work, task = export_version, ExportTask(
+            store_uri=spec.store.uri,
+            engine="onnx",
+            manifest=prepared.registry.resolve(spec.name).manifest,
+            images=range_images(spec.quantize.activations, prepared.observation),
+        )
     else:
         found = prepared.registry.resolve(spec.name).manifest
         work, task = measure, measure_tasks(prepared, spec.evaluate, found, cache=None)[-1]
@@ -92,6 +103,27 @@ def test_a_real_calibration_takes_less_than_it_asks_for_and_more_than_half(test_
         "store": {"uri": str(tmp_path / "store")},
     }
     grown, asked = growth("calibrate", document)
+    assert asked / 2 < grown < asked
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_a_real_export_takes_less_than_it_asks_for_and_more_than_half(tmp_path: Path, arch: str) -> None:
+    """The graph, its ranges on images and all: from the exporter's own hundred MB to a network of a hundred more."""
+    model = {"library": "timm", "arch": arch, "kwargs": {}}
+    checkpoint = save_state(random_state("timm", arch, {}, seed=7), tmp_path / "weights.safetensors")
+    noise = np.random.default_rng(3).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+    np.savez(tmp_path / "noise.npz", x=noise)
+    document = {
+        "name": "net",
+        "model": {**model, "checkpoint": str(checkpoint)},
+        "quantize": {"recipe": "paper", "rounding": "nearest", "scheme": "symmetric", "activations": {}},
+        "preprocess": {"size": 224},
+        "calibration": {"data": str(tmp_path / "noise.npz"), "samples": 8, "batch_size": 4},
+        "store": {"uri": str(tmp_path / "store")},
+    }
+    run_job(parse_spec(document, where="test"), InProcessExecutor())
+    grown, asked = growth("export", {**document, "export": {"engines": ["onnx"]}})
+    print(f"{arch}: {grown / 1e6:.0f} MB taken, {asked / 1e6:.0f} asked for")
     assert asked / 2 < grown < asked
 
 

@@ -182,9 +182,11 @@ class EngineGraph:
 
     def _dequantize(self, node: onnx.NodeProto, name: str, scale_name: str, scale: Array, axis: int | None) -> str:
         self.constants[scale_name] = scale
-        self._before[id(node)].append(
-            helper.make_node("DequantizeLinear", [name, scale_name], [f"{name}/float"], axis=axis)
-        )
+        inputs = [name, scale_name]
+        if node.op_type == "Gemm":  # ONNX Runtime has no Gemm of integers without one; all others it takes as they are
+            inputs.append(f"{name}/zero_point")
+            self.constants[inputs[-1]] = np.zeros(scale.shape, np.int8)
+        self._before[id(node)].append(helper.make_node("DequantizeLinear", inputs, [f"{name}/float"], axis=axis))
         return f"{name}/float"
 
     def _add_bias(self, site: Site, bias: Array, scale: Array, step: float | None) -> None:
