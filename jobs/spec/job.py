@@ -145,7 +145,7 @@ class ClusterSpec(Section):
 class ExportSpec(Section):
     """Inference engines that a device without torch runs the version on: their graphs are published with it.
 
-    The shards are the same with and without.
+    The shards are the same with and without, for the same ``quantize.scheme``, which is symmetric by default here.
     """
 
     engines: tuple[Engine, ...] = Field(min_length=1)
@@ -192,6 +192,17 @@ class JobSpec(Section):
     @classmethod
     def _no_zoo(cls, document: Any) -> Any:
         return check_kind(document, "job")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _symmetric_for_engines(cls, document: Any) -> Any:
+        """Engines take symmetric weights alone: with ``export`` they are the default (ADR 28)."""
+        if not isinstance(document, dict) or document.get("export") is None:
+            return document
+        quantize = document.get("quantize", {})
+        if isinstance(quantize, QuantizeSpec) and "scheme" not in quantize.model_fields_set:
+            return {**document, "quantize": quantize.model_copy(update={"scheme": "symmetric"})}
+        return {**document, "quantize": {"scheme": "symmetric", **quantize}} if isinstance(quantize, dict) else document
 
     @field_validator("name")
     @classmethod

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from jobs.driver import run_job
 from jobs.published import export_published
 from jobs.spec.job import JobSpec
+from jobs.spec.quantize import QuantizeSpec
 from nestquant.engines.ort import options, session_with
 from nestquant.engines.weights import engine_tensors
 from storage.device import Device, StoreSource
@@ -134,7 +135,10 @@ def test_what_needs_images_stays_float_without_them(tmp_path: Path) -> None:
     assert [(kept.name, kept.reason) for kept in layout.kept_float] == [
         (manifest.layers[0].name, "no range of its input is known")
     ]
-    assert np.isfinite(ort_answers(registry, manifest, images(2), level=1)).all()
+    inputs = images(4)
+    wanted = torch_answers(registry, manifest, inputs, level=1, activations=True)
+    seen = ort_answers(registry, manifest, inputs, level=1)
+    assert np.abs(seen - wanted).max() < 0.13 * np.ptp(wanted)
 
 
 def test_asymmetric_weights_are_refused_before_work_and_by_layer(tmp_path: Path) -> None:
@@ -153,6 +157,23 @@ def test_asymmetric_weights_are_refused_before_work_and_by_layer(tmp_path: Path)
     with pytest.raises(WorkError, match=f"Layer '{first}' is asymmetric: engines take symmetric weights alone"):
         export_published(registry, registry.resolve("tiny", "latest"), "onnx", images=None)
     assert registry.versions("tiny") == [1]
+
+
+def test_symmetric_weights_are_the_default_where_engines_are_asked_for(tmp_path: Path) -> None:
+    document = spec_of(tmp_path)
+    digests = {"source_digest": "sha256:" + "0" * 64, "calibration_digest": None}
+    explicit = JobSpec.model_validate(document)
+    del document["quantize"]["scheme"]
+    unsaid = JobSpec.model_validate(document)
+    assert unsaid.quantize.scheme == "symmetric"
+    assert unsaid.identity(**digests) == explicit.identity(**digests)
+    whole = QuantizeSpec(recipe="paper")
+    assert JobSpec.model_validate({**document, "quantize": whole}).quantize.scheme == "symmetric"
+    del document["quantize"]
+    assert JobSpec.model_validate(document).quantize.scheme == "symmetric"
+    del document["export"]
+    assert JobSpec.model_validate(document).quantize.scheme == "asymmetric"
+    assert JobSpec.model_validate({**document, "export": None, "quantize": whole}).quantize == whole
 
 
 def test_a_transposed_convolution_of_groups_is_refused_by_name() -> None:

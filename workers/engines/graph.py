@@ -182,10 +182,10 @@ class EngineGraph:
 
     def _dequantize(self, node: onnx.NodeProto, name: str, scale_name: str, scale: Array, axis: int | None) -> str:
         self.constants[scale_name] = scale
-        inputs = [name, scale_name]
-        if node.op_type == "Gemm":  # ONNX Runtime has no Gemm of integers without one; all others it takes as they are
-            inputs.append(f"{name}/zero_point")
-            self.constants[inputs[-1]] = np.zeros(scale.shape, np.int8)
+        # Zeros, written out. Without them ONNX Runtime has no Gemm of integers, and where a layer stays float it makes
+        # a single zero point of its own (session.x64quantprecision), which it then refuses.
+        self.constants[f"{name}/zero_point"] = np.zeros(scale.shape, np.int8)
+        inputs = [name, scale_name, f"{name}/zero_point"]
         self._before[id(node)].append(helper.make_node("DequantizeLinear", inputs, [f"{name}/float"], axis=axis))
         return f"{name}/float"
 
