@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestquant.engines.images import Preprocessing
 from workers.errors import DataError, WorkError
 from workers.forward import run_network
-from workers.inputs.images import ImageSet
+from workers.inputs.images import ImageSet, none_readable
 
 DOUBT = 0.01
 """A verdict that a network answers by chance is wrong in at most so many of the cases that it concerns."""
@@ -106,7 +106,7 @@ def top1(
         if on_batch is not None:
             on_batch(total)
     if total == 0:
-        raise DataError(f"{images.uri}: none of {len(images)} images could be read; the first: {images.skipped[0]}.")
+        raise DataError(none_readable(images.uri, images.skipped))
     expected = sum(count * labelled[answer] for answer, count in answered.items()) / total
     return Accuracy(correct, total, time.perf_counter() - begin, expected)
 

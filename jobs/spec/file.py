@@ -77,7 +77,9 @@ def _fault(root: type[BaseModel], item: dict[str, Any]) -> str:
         return f"{key!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
-        message = "expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends"
+        message = (
+            "expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends, 128 at most"
+        )
     if item["type"] == "too_short":
         message = "expected one or more"
     actual = "" if isinstance(item["input"], dict) else f" Seen: {shown_value(item['input'])}."

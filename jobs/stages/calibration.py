@@ -12,6 +12,7 @@ from storage.manifest import ActivationRange, CalibrationRecord
 from workers.calibrate import NOISE_BATCH, CalibrateTask, Observed, observe
 from workers.errors import DataError
 from workers.executor import Executor
+from workers.inputs.images import none_readable
 
 BATCHES_PER_TASK = 2
 LAST_LAYER_BITS = 8  # the paper keeps the last layer's input at 8 bits
@@ -39,7 +40,7 @@ def _ranges(job: Job, activations: ActivationSpec, executor: Executor, clock: St
     samples = sum(part.samples for part in parts)
     skipped = tuple(item for part in parts for item in part.skipped)
     if tasks[0].data is not None and samples == 0:
-        raise DataError(f"calibration.data: none of the {len(skipped)} images could be read; the first: {skipped[0]}.")
+        raise DataError(none_readable("calibration.data", skipped))
     ranges = {
         name: read_range(name, parts, activations, last=name == names[-1])
         for name in quantized_inputs(names, activations, parts)

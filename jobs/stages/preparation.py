@@ -124,12 +124,12 @@ def _check_images(spec: JobSpec, folder: Path) -> _Images:
     if spec.evaluate is not None:
         sets["evaluate"] = judging = fetch_images(spec.evaluate.data, folder)
         judging.require_classes(spec.evaluate.limit)
-        judging.check()
+        judging.take(range(len(judging))[: spec.evaluate.limit]).check()
         resident_bytes = judging.resident_bytes
         notes += [f"evaluate.data: {note}" for note in (judging.labelling.reading, judging.labelling.left_out) if note]
     if spec.calibration is not None:
         sets["calibration"] = images = fetch_images(spec.calibration.data, folder)
-        images.check()
+        images.sample(spec.calibration.samples).check()
         digest = images.digest(min(spec.calibration.samples, len(images)))
         resident_bytes = max(resident_bytes, images.resident_bytes)
         notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]

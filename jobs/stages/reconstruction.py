@@ -12,6 +12,7 @@ from jobs.stages.job import Job, Reconstruction
 from jobs.stages.memory import chunks_of, gang_size, member_need
 from workers.errors import DataError, WorkerLost, shown
 from workers.executor import Executor, Gang
+from workers.inputs.images import none_readable
 from workers.reconstruct import Begun, Member, MemberTask
 from workers.solutions import SolvedRecord, find_solved
 
@@ -101,7 +102,7 @@ def _walk(
     samples = sum(one.samples for one in begun)
     skipped = tuple(image for one in begun for image in one.skipped)
     if samples == 0:
-        raise DataError(f"calibration.data: none of the {len(skipped)} images could be read; the first: {skipped[0]}.")
+        raise DataError(none_readable("calibration.data", skipped))
     layers, laned, without = tasks[0].layers, begun[0].laned, dict(begun[0].without)
     # Chunks in their order, whoever holds them.
     places = sorted(

@@ -79,6 +79,8 @@ def image_fault(error: Exception) -> ImageFault | None:
         return error
     if isinstance(error, UnidentifiedImageError):  # its own text ends with an address in memory
         return ImageFault("UnidentifiedImageError: no image of a format known here")
+    if isinstance(error, FileNotFoundError):
+        return ImageFault("FileNotFoundError: no such file any more, or a link to nothing")
     machine = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE_TROUBLE)
     return None if machine else ImageFault(one_line(error))
 

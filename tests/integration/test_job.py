@@ -282,5 +282,5 @@ def test_calibration_images_must_be_readable(tiny_document: Document, tmp_path: 
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no")
     document = tiny_document(calibration__data=str(folder))
-    with pytest.raises(DataError, match=r"none of the 1 images could be read; the first: \('a\.png'"):
+    with pytest.raises(DataError, match=r"bad: none of 1 images can be used; the first, a\.png: .+\.$"):
         local(document)

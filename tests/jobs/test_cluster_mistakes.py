@@ -128,8 +128,8 @@ def test_a_wrong_name_is_one_line() -> None:
     with pytest.raises(SpecError) as caught:
         parse_spec({**SPEC, "name": "Bad Name!"}, where="job.yaml")
     assert str(caught.value) == (
-        "job.yaml: 'name': expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends. "
-        "Seen: 'Bad Name!'."
+        "job.yaml: 'name': expected lower-case letters, digits, '.', '_' and '-', with a letter or digit at both ends, "
+        "128 at most. Seen: 'Bad Name!'."
     )
 
 

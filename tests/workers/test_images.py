@@ -156,3 +156,38 @@ def test_a_sample_is_spread_over_the_whole_set(pixels: np.ndarray, tmp_path: Pat
     assert labels.tolist() == [0, 2, 5]
     assert images.sample(8) is images
     assert images.sample(99) is images
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_set_of_which_no_image_can_be_used_is_refused_and_one_good_image_is_enough(
+    pixels: np.ndarray, tmp_path: Path, packed: bool
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "b.tif")
+    (folder / "c.png").symlink_to(tmp_path / "gone")
+
+    def opened() -> Path:
+        if not packed:
+            return folder
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(folder, arcname=".")
+        return tmp_path / "set.tar"
+
+    path = opened()
+    with pytest.raises(DataError) as caught:
+        open_images(path).check()
+    assert str(caught.value) == (
+        f"{path}: none of 3 images can be used; the first, a.png: UnidentifiedImageError: no image of a format known "
+        "here."
+    )
+    if not packed:
+        with pytest.raises(
+            DataError, match=r"none of 1 images .* c\.png: \w+: no such file any more, or a link to nothing\."
+        ):
+            open_images(path).take([2]).check()
+    (folder / "d.png").write_bytes(png(pixels[0]))
+    open_images(opened()).check()
+    with pytest.raises(DataError, match=r"none of 2 images can be used; the first, a\.png"):
+        open_images(opened()).take([0, 1]).check()

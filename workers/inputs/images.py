@@ -133,12 +133,24 @@ class ImageSet:
         return self.reader.resident_bytes
 
     def check(self) -> None:
-        """Find out whether the set can be read as a whole, where that is its own question: an npz is one piece.
+        """Find out whether the set can be read as a whole, where that is its own question, as an npz is one piece; of
+        files, decode them up to the first that can be.
 
         Raises:
-            DataError: it is damaged.
+            DataError: it is damaged, or not one image can be used; it names the first, with the reason.
         """
         self.reader.check()
+        if self.reader.resident_bytes:
+            return
+        skipped: list[tuple[str, str]] = []
+        for index, name in enumerate(map(printable, self.names)):
+            try:
+                with image_boundary(name):
+                    self.reader.load(index)
+                    return
+            except ImageFault as fault:
+                skipped.append((name, str(fault)))
+        raise DataError(none_readable(self.uri, skipped))
 
     def require_labels(self) -> Sequence[int]:
         """Return the labels.
@@ -191,6 +203,12 @@ class ImageSet:
 
 
 _NO_DIGEST = bytes(32)
+
+
+def none_readable(where: str, skipped: Sequence[tuple[str, str]]) -> str:
+    """Return what to say of images, (name, reason), of which not one can be used."""
+    first = f"; the first, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+    return f"{where}: none of {len(skipped)} images can be used{first}."
 
 
 @contextmanager
@@ -276,7 +294,7 @@ class _Folder:
             return decode(stream)
 
     def check(self) -> None:
-        """Find nothing: each image is a file of its own, and one that is broken is left out."""
+        """Find nothing: each image is a file of its own."""
 
 
 class _Tar:
