@@ -41,11 +41,13 @@ def calibrate_weight(
     *,
     groups: int = 1,
     transform: WeightTransform | None = None,
+    biased: bool = True,
 ) -> QuantizedWeight:
     """Quantize a float weight ``[O, I / groups, *kernel]`` to levels and biases by the moments of its inputs.
 
     ``moments[k]`` are those of the network that runs at level ``k``; ``transform`` is what the layer does to its weight
-    before it uses it. The result depends on nothing else, but BLAS adds in another order on another kind of machine,
+    before it uses it. Without ``biased`` there is nothing to add a bias to: the mean error counts as any other. The
+    result depends on nothing else, but BLAS adds in another order on another kind of machine,
     and a tie may fall the other way there.
 
     Raises:
@@ -66,7 +68,7 @@ def calibrate_weight(
         level_moments = moments[level]
         if level_moments.yy.shape != (groups * blocks, size, size):
             raise ValueError(f"moments {tuple(level_moments.yy.shape)} do not fit a weight {tuple(flat.shape)}")
-        cross, own = level_moments.centred()
+        cross, own = level_moments.centred() if biased else level_moments.second()
         if transform is not None and transform.centred and blocks == 1:
             cross, own = _less_mean_input(cross), _less_mean_input(own)
         low, high = _range(config, level, values[-1] if values else None, flat)
@@ -77,6 +79,8 @@ def calibrate_weight(
         rounded = error_feedback_round(in_blocks(target), second=own, low=in_blocks(low), high=in_blocks(high))
         value = from_blocks(rounded, groups, inputs)
         values.append(value)
+        if not biased:
+            continue
         integers = to_full_grid(value.reshape(weight.shape).to(torch.int8), config.bits, level)
         run = dequantize(integers, qparams)
         if transform is not None:
@@ -86,7 +90,7 @@ def calibrate_weight(
     for coarse, fine, shift in zip(reversed(values), reversed(values[:-1]), config.shifts, strict=False):
         parts.append(fine - coarse * (1 << shift))
     shaped = tuple(part.reshape(weight.shape).to(torch.int8) for part in parts)
-    return QuantizedWeight(qparams, shaped, config, torch.stack(biases[::-1]))
+    return QuantizedWeight(qparams, shaped, config, torch.stack(biases[::-1]) if biased else None)
 
 
 def _less_mean_input(covariance: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ sees every step from the weight to the tensor that is multiplied, so that anothe
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from nestquant.surgery import kind_of
+from nestquant.surgery import channel_first_shape, kind_of
 
 Form = Literal["linear", "convolution", "transposed"]
 Way = Callable[[Tensor], Tensor]
@@ -40,7 +41,8 @@ _ONE_CALL = frozenset(
 class LayerCall:
     """One call ``form(inputs, weight, bias, **options)`` with a weight that is ``way(the layer's own)``.
 
-    ``way`` is None where it is the layer's own, unchanged.
+    ``way`` is None where it is the layer's own, unchanged. ``biased``: the bias is the layer's own, or would be
+    if it had one.
     """
 
     form: Form
@@ -48,6 +50,7 @@ class LayerCall:
     weight: Tensor
     options: Mapping[str, Any] = field(default_factory=dict)
     way: Way | None = None
+    biased: bool = True
 
 
 def layer_calls(module: nn.Module, inputs: Tensor) -> tuple[LayerCall, ...]:
@@ -56,10 +59,17 @@ def layer_calls(module: nn.Module, inputs: Tensor) -> tuple[LayerCall, ...]:
     Hooks do not run, and what stands in the place of ``forward`` on the instance neither: the class's own does. It may
     raise anything.
     """
-    _, parameter = kind_of(module) or (None, "weight")
+    kind, parameter = kind_of(module) or ("linear", "weight")
     forward: Callable[..., Any] = type(module).forward
+    weight = getattr(module, parameter)
+    # A layer without bias gets one of zeros, which shows whether its forward would make use of it.
+    module = copy.copy(module)
+    bias = module._parameters.get("bias")
+    if bias is None and parameter == "weight":
+        bias = weight.new_zeros(channel_first_shape(tuple(weight.shape), kind, getattr(module, "groups", 1))[0])
+        module._parameters = {**module._parameters, "bias": bias}
     # What torch's own forward calls comes last: the product itself is not needed.
-    recorder = _Recorder(getattr(module, parameter), halt=forward in _ONE_CALL)
+    recorder = _Recorder(weight, bias, halt=forward in _ONE_CALL)
     try:
         with recorder:
             forward(module, inputs)
@@ -73,10 +83,10 @@ class _Halt(BaseException):
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, weight: Tensor, *, halt: bool) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, halt: bool) -> None:
         super().__init__()
         self.calls: list[LayerCall] = []
-        self._weight, self._halt = weight, halt
+        self._weight, self._bias, self._halt = weight, bias, halt
         # By identity, with the tensor itself: as long as it lives, nothing else has its identity.
         self._ways: dict[int, tuple[Tensor, Way]] = {}
 
@@ -88,9 +98,9 @@ class _Recorder(TorchFunctionMode):
             form, names = _SIGNATURES[func]
             options = {**dict(zip(names, args, strict=False)), **kwargs}
             inputs, weight = options.pop("input"), options.pop("weight")
-            options.pop("bias", None)
+            biased = options.pop("bias", None) is self._bias
             if weight is self._weight or id(weight) in self._ways:
-                self.calls.append(LayerCall(form, inputs, weight, options, self._way(weight)))
+                self.calls.append(LayerCall(form, inputs, weight, options, self._way(weight), biased))
                 if self._halt:
                     raise _Halt
                 return func(*args, **kwargs)

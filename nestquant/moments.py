@@ -79,6 +79,10 @@ class Moments:
             )
         return total
 
+    def second(self) -> tuple[Tensor, Tensor]:
+        """Return the means of ``x y^T`` and ``y y^T``, ``[G, K, K]``: where no bias makes a mean error good."""
+        return self.xy / self.count, self.yy / self.count
+
     def centred(self) -> tuple[Tensor, Tensor]:
         """Return the covariances of ``x`` with ``y`` and of ``y`` with itself, ``[G, K, K]``."""
         x, y = self.x / self.count, self.y / self.count
@@ -95,11 +99,13 @@ class UnreadableInputs(TypeError):
 class ReadInputs:
     """What each output of a layer is computed from: ``columns`` float32 ``[G, K, positions]``.
 
-    ``transform``: how the layer's weight is transformed before.
+    ``transform``: how the layer's weight is transformed before. ``biased``: whether a bias of the layer's own would be
+    added.
     """
 
     columns: Tensor
     transform: WeightTransform | None = None
+    biased: bool = True
 
 
 def input_columns(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ def read_inputs(module: nn.Module, inputs: Tensor) -> ReadInputs:
         columns = _patches(call, call.weight.shape[2:])
     else:
         columns = _patches(_convolution_of(call), call.weight.shape[2:], flipped=True)
-    return ReadInputs(in_blocks(columns.transpose(1, 2)).transpose(1, 2), transform)
+    return ReadInputs(in_blocks(columns.mT).mT, transform, call.biased)
 
 
 def input_blocks(inputs: int) -> tuple[int, int]:

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
-from nestquant.moments import Moments, input_columns
+from nestquant.moments import Moments
 from nestquant.norm_statistics import NormSums, put_statistics
 from nestquant.observers import Histogram
 from nestquant.quantized_weight import QuantizedWeight, quantize_weight
 from nestquant.surgery import channel_first
-from nestquant.weight_transforms import WeightTransform
 from workers.calibrate import observed
 from workers.errors import WorkError
-from workers.forward import check_input, extents, network_boundary, run_network
-from workers.lanes import Lanes, Walk
+from workers.forward import extents, network_boundary, run_network
+from workers.lanes import Lanes, Probed, Walk
+from workers.layer_moments import layer_moments
 from workers.reconstruct import chosen_levels
 from workers.synthesize import CHUNK, SAMPLES, make_chunk, normalised
 from workers.tasks import PieceTask
@@ -90,10 +90,9 @@ def solve(network: nn.Module, layers: Sequence[PieceTask], chunks: Sequence[Tens
             moments: list[Moments] = []
             if layer not in without:
                 with network_boundary(walked, f"{name} cannot run on inputs of {extents(chunks[0])}"):
-                    moments = _moments(walked.get_submodule(layer), piece, walks, level_count)
+                    moments = _moments(piece, walks, level_count)
             weight = _weight(network, piece)
-            transform = probed.transforms.get(layer)
-            solved = _solved(piece, weight, moments, transform) if moments else _rounded(piece, weight)
+            solved = _solved(piece, weight, moments, probed) if moments else _rounded(piece, weight)
             if layer in probed.laned:
                 lanes.apply(layer, solved)
             reason = without.get(layer, "it was not called on any calibration input")
@@ -145,20 +144,12 @@ def _example(chunk: Tensor) -> Tensor:
     return torch.randn((1, *chunk.shape[1:]), generator=torch.Generator().manual_seed(0)).to(chunk.dtype)
 
 
-def _moments(module: nn.Module, piece: PieceTask, walks: Sequence[Walk], level_count: int) -> list[Moments]:
+def _moments(piece: PieceTask, walks: Sequence[Walk], level_count: int) -> list[Moments]:
     """Return the moments of a layer's inputs for each of its levels; none where it is not called."""
     chosen = chosen_levels(level_count, piece.config.level_count)
-    totals: list[Moments] = []
     with threads(1), torch.inference_mode():
-        for walk in walks:
-            inputs = walk.reach(piece.layer)
-            if inputs is None:
-                continue
-            check_input(piece.layer, *inputs)
-            x, *runs = (input_columns(module, lane) for lane in inputs)
-            parts = [Moments.of(x, runs[level]) for level in chosen]
-            totals = [Moments.merge(list(pair)) for pair in zip(totals, parts, strict=True)] if totals else parts
-    return totals
+        chunks = [parts for walk in walks if (parts := layer_moments(walk, piece.layer, chosen))]
+    return [Moments.merge(parts) for parts in zip(*chunks, strict=True)]
 
 
 def _weight(network: nn.Module, piece: PieceTask) -> Tensor:
@@ -175,11 +166,16 @@ def _rounded(piece: PieceTask, weight: Tensor) -> QuantizedWeight:
         raise WorkError(f"Layer {piece.layer!r}: {error}") from error
 
 
-def _solved(
-    piece: PieceTask, weight: Tensor, moments: Sequence[Moments], transform: WeightTransform | None
-) -> QuantizedWeight:
+def _solved(piece: PieceTask, weight: Tensor, moments: Sequence[Moments], probed: Probed) -> QuantizedWeight:
     try:
         with threads(1):
-            return calibrate_weight(weight, piece.config, moments, groups=piece.groups, transform=transform)
+            return calibrate_weight(
+                weight,
+                piece.config,
+                moments,
+                groups=piece.groups,
+                transform=probed.transforms.get(piece.layer),
+                biased=piece.layer not in probed.unbiased,
+            )
     except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
         raise WorkError(f"Layer {piece.layer!r}: {error}") from error

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nestquant.moments import UnreadableInputs, read_inputs
 from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
 from nestquant.weight_transforms import WeightTransform
 from workers.forward import check_input, run_network
+from workers.functional_calls import FunctionalCalls
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,19 @@ class Probed:
     """The layers that can be split, in the order of their first calls, and by name why the others cannot.
 
     ``unreadable``: those among the first whose weights no inputs tell how to round, and why. ``transforms``: what
-    others do to their weights before they use them.
+    others do to their weights before they use them. ``unbiased``: those to whose output no bias of theirs is added.
     """
 
     laned: tuple[str, ...]
     unsplit: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     transforms: Mapping[str, WeightTransform] = field(default_factory=dict)
+    unbiased: frozenset[str] = frozenset()
 
 
 _ATTENTION = "its query, key and value have one weight"
 _OTHER_AXIS = "its input does not come image by image along the first axis"
-_NOT_CALLED = "it is not called as a layer with its input first"
+_NOT_CALLED = "neither it is called with its input first, nor linear() with its weight"
 
 
 class Lanes:
@@ -56,6 +61,10 @@ class Lanes:
         self._solved: dict[str, list[nn.Module]] = {}
         self._passing: set[str] = set()
         self._names = tuple(layers)
+        self._calls: Counter[str] = Counter()
+        self._functional: set[str] = set()
+        modules = ((name, network.get_submodule(name)) for name in layers)
+        self._linears = {id(module.weight): name for name, module in modules if isinstance(module, nn.Linear)}
         for name in layers:
             module = network.get_submodule(name)
             if isinstance(module, nn.MultiheadAttention):  # query, key and value would all have to be split
@@ -77,6 +86,11 @@ class Lanes:
             runs.append(_with_weight(module, weight.dequantize(at), bias))
         self._solved[layer] = runs
 
+    @property
+    def repeats(self) -> bool:
+        """Tell whether a layer is called several times in one forward."""
+        return any(count > 1 for count in self._calls.values())
+
     def leave(self, layer: str) -> None:
         """Let a layer run its float weights in every lane."""
         self._passing.add(layer)
@@ -97,33 +111,55 @@ class Lanes:
                 would leave the lanes for no reason of their own.
             ModelError: the network does not run on the image.
         """
-        alike: dict[str, bool] = {}
-        unreadable: dict[str, str] = {}
-        transforms: dict[str, WeightTransform] = {}
-
-        def look(name: str, inputs: Tensor) -> None:
-            check_input(name, inputs)
-            parts = inputs.chunk(self.lanes) if inputs.shape[0] % self.lanes == 0 else ()
-            same = bool(parts) and all(torch.allclose(parts[0], part, rtol=1e-3, atol=1e-4) for part in parts[1:])
-            alike[name] = alike.get(name, True) and same
-            if not same:
-                return
-            try:
-                transform = read_inputs(self.network.get_submodule(name), parts[0]).transform
-                if transform is not None:
-                    transforms[name] = transform
-            except UnreadableInputs as error:
-                unreadable[name] = str(error)
-
+        look = _Look(self)
         _WATCH.look = look
         try:
-            run_network(self.network, torch.cat([image] * self.lanes), name)
+            with FunctionalCalls(self._linears, look.linear):
+                run_network(self.network, torch.cat([image] * self.lanes), name)
         finally:
             del _WATCH.look
-        laned = tuple(name for name, same in alike.items() if same)
-        unsplit = {name: self._reason(name, called=name in alike) for name in self._names if name not in laned}
-        unreadable = {name: reason for name, reason in unreadable.items() if name in laned}
-        return Probed(laned, unsplit, unreadable, transforms)
+        self._calls = Counter({name: count for name, count in look.calls.items() if look.alike[name]})
+        self._functional = look.functional
+        laned = tuple(self._calls)
+        unsplit = {
+            name: self._reason(name, called=name in look.alike) for name in self._names if name not in self._calls
+        }
+        unreadable = {name: reason for name, reason in look.unreadable.items() if name in self._calls}
+        return Probed(laned, unsplit, unreadable, look.transforms, frozenset(look.unbiased))
+
+    @torch.inference_mode()
+    def later_calls(self, layer: str, images: Tensor, take: Callable[[Tensor], None]) -> None:
+        """Run the float network on images, and hand on what goes into a layer's second and later calls, if any."""
+        calls = self._calls[layer]
+        if calls < 2 or layer in self._functional:
+            return
+        _WATCH.look = _Later(layer, calls, take)
+        try:
+            self.network(images)
+        except _Abandoned:
+            pass
+        finally:
+            del _WATCH.look
+
+    def run(self, images: Tensor) -> None:
+        """Run a forward in all lanes."""
+        with FunctionalCalls(self._linears, self.linear) if self._functional else nullcontext():
+            self.network(torch.cat([images] * self.lanes))
+
+    def linear(self, name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what ``linear`` gives for a layer that is not called itself, lane by lane once it is solved."""
+        if name not in self._functional:
+            return functional.linear(inputs, weight, bias)
+        runs = self._wait(name, inputs)
+        if runs is None:
+            return functional.linear(inputs, weight, bias)
+        own = runs[0]._parameters.get("bias")
+        products = []
+        for run, part in zip(runs, inputs.chunk(self.lanes), strict=True):
+            lane_weight, lane_bias = run._parameters["weight"], run._parameters["bias"] if bias is own else bias
+            assert lane_weight is not None
+            products.append(functional.linear(part, lane_weight, lane_bias))
+        return torch.cat(products)
 
     def _reason(self, layer: str, *, called: bool) -> str:
         if called:
@@ -137,15 +173,10 @@ class Lanes:
             if not args:  # called by keyword: as good as not called
                 return plain(**kwargs)
             inputs = args[0]
-            look = getattr(_WATCH, "look", None)
+            look: _Look | _Later | None = getattr(_WATCH, "look", None)
             if look is not None:
-                look(name, inputs)
-                return plain(*args, **kwargs)
-            if name not in self._solved and name not in self._passing:
-                walk: Walk | None = getattr(_WATCH, "walk", None)
-                if walk is not None:
-                    walk._halt(name, inputs)
-            runs = self._solved.get(name)
+                return look.called(name, inputs, lambda: plain(*args, **kwargs))
+            runs = self._wait(name, inputs)
             if runs is None:
                 return plain(*args, **kwargs)
             parts = zip(runs, inputs.chunk(self.lanes), strict=True)
@@ -153,8 +184,85 @@ class Lanes:
 
         module.forward = forward
 
+    def _wait(self, name: str, inputs: Tensor) -> list[nn.Module] | None:
+        """Halt the walk that calls a layer until it is solved, and return it for each lane; None: alike in all."""
+        if name not in self._solved and name not in self._passing:
+            walk: Walk | None = getattr(_WATCH, "walk", None)
+            if walk is not None:
+                walk._halt(name, inputs)
+        return self._solved.get(name)
+
 
 _WATCH = threading.local()
+
+
+class _Look:
+    """What one forward shows of the layers."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.calls: Counter[str] = Counter()
+        self.alike: dict[str, bool] = {}
+        self.unreadable: dict[str, str] = {}
+        self.transforms: dict[str, WeightTransform] = {}
+        self.unbiased: set[str] = set()
+        self.functional: set[str] = set()
+        self._lanes = lanes
+        self._inside: str | None = None
+
+    def called(self, name: str, inputs: Tensor, run: Callable[[], Any]) -> Any:
+        """Note a call of a layer, and let it run."""
+        self._note(name, inputs)
+        outside, self._inside = self._inside, name
+        try:
+            if self.alike[name]:
+                self._read(name, inputs.chunk(self._lanes.lanes)[0])
+            return run()
+        finally:
+            self._inside = outside
+
+    def _read(self, name: str, inputs: Tensor) -> None:
+        try:
+            shown = read_inputs(self._lanes.network.get_submodule(name), inputs)
+        except UnreadableInputs as error:
+            self.unreadable[name] = str(error)
+            return
+        if shown.transform is not None:
+            self.transforms[name] = shown.transform
+        if not shown.biased:
+            self.unbiased.add(name)
+
+    def linear(self, name: str, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Note a linear map with a layer's weight, unless the layer makes it itself."""
+        if self._inside != name:
+            self._note(name, inputs)
+            self.functional.add(name)
+            if bias is None or bias is not self._lanes.network.get_submodule(name)._parameters.get("bias"):
+                self.unbiased.add(name)
+        return functional.linear(inputs, weight, bias)
+
+    def _note(self, name: str, inputs: Tensor) -> None:
+        check_input(name, inputs)
+        parts = inputs.chunk(self._lanes.lanes) if inputs.shape[0] % self._lanes.lanes == 0 else ()
+        same = bool(parts) and all(torch.allclose(parts[0], part, rtol=1e-3, atol=1e-4) for part in parts[1:])
+        self.calls[name] += 1
+        self.alike[name] = self.alike.get(name, True) and same
+
+
+class _Later:
+    """Hands on what goes into one layer's second and later calls, and ends the forward behind the last."""
+
+    def __init__(self, layer: str, calls: int, take: Callable[[Tensor], None]) -> None:
+        self._layer, self._calls, self._take, self._count = layer, calls, take, 0
+
+    def called(self, name: str, inputs: Tensor, run: Callable[[], Any]) -> Any:
+        """Let a layer run."""
+        if name == self._layer:
+            self._count += 1
+            if self._count > 1:
+                self._take(inputs)
+            if self._count == self._calls:
+                raise _Abandoned
+        return run()
 
 
 @dataclass(frozen=True)
@@ -171,7 +279,7 @@ class Walk:
     """One batch on its way through the lanes."""
 
     def __init__(self, lanes: Lanes, images: Tensor) -> None:
-        self._lanes, self._images = lanes, images
+        self._lanes, self.images = lanes, images
         self._thread: threading.Thread | None = None
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._at: _Halt | None = None
@@ -188,6 +296,15 @@ class Walk:
         if self._at is None or self._at.layer != layer:
             return None
         return self._at.inputs.chunk(self._lanes.lanes)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network whose layers halt."""
+        return self._lanes.network
+
+    def later_calls(self, layer: str, take: Callable[[Tensor], None]) -> None:
+        """Hand on what the float network puts into a layer's second and later calls, if it has any."""
+        self._lanes.later_calls(layer, self.images, take)
 
     def close(self) -> None:
         """End the forward where it stands."""
@@ -216,8 +333,10 @@ class Walk:
             torch.set_num_threads(1)  # a thread has settings of its own; how a sum is split changes its last bit
             _WATCH.walk = self
             with torch.inference_mode():
-                images, self._images = self._images, torch.empty(0)
-                self._lanes.network(torch.cat([images] * self._lanes.lanes))
+                images = self.images
+                if not self._lanes.repeats:  # nobody will ask for them again
+                    self.images = torch.empty(0)
+                self._lanes.run(images)
         except _Abandoned:
             pass
         except BaseException as error:  # raised where the walk is asked to go on

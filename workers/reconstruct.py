@@ -17,18 +17,19 @@ from torch import Tensor
 
 from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
-from nestquant.moments import Moments, input_columns
+from nestquant.moments import Moments
 from nestquant.quantized_weight import quantize_weight
 from nestquant.weight_transforms import WeightTransform
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
 from workers.errors import WorkError
-from workers.forward import check_input, network_boundary
+from workers.forward import network_boundary
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
 from workers.inputs.tensors import open_tensors
 from workers.lanes import Lanes, Walk
+from workers.layer_moments import layer_moments
 from workers.ledger import Ledger
 from workers.quantize import read_piece
 from workers.scratch import scratch
@@ -77,6 +78,7 @@ class Member:
         self._applied: set[int] = set()
         self._laned: set[int] = set()
         self._transforms: Mapping[str, WeightTransform] = {}
+        self._unbiased: frozenset[str] = frozenset()
 
     def begin(self) -> Begun:
         """Load the network and the images.
@@ -102,7 +104,7 @@ class Member:
                 self._walks.append(None if batch is None else lanes.start(batch))
         index = {piece.layer: at for at, piece in enumerate(task.layers)}
         laned = tuple(index[name] for name in probed.laned)
-        self._laned, self._transforms = set(laned), probed.transforms
+        self._laned, self._transforms, self._unbiased = set(laned), probed.transforms, probed.unbiased
         without = {index[name]: reason for name, reason in probed.unsplit.items()}
         for name in probed.unsplit:
             lanes.leave(name)
@@ -135,20 +137,14 @@ class Member:
         self._apply(solved)
         piece = self.task.layers[layer]
         network = self._lanes.network
-        module = network.get_submodule(piece.layer)
         first, last = self.task.chunks[chunk]
         what = f"{self.task.context.network.title} cannot run on calibration images {first} to {last - 1}"
-        with threads(1), torch.inference_mode():
-            with network_boundary(network, what):
-                inputs = walk.reach(piece.layer)
-            if inputs is None:
-                return None
-            check_input(piece.layer, *inputs)
-            x, *runs = (input_columns(module, lane) for lane in inputs)
-            arrays: dict[str, npt.NDArray[np.float64]] = {}
-            for level, y in enumerate(runs):
-                arrays |= {f"{level}/{name}": tensor.numpy() for name, tensor in _fields(Moments.of(x, y))}
-        return arrays
+        with threads(1), torch.inference_mode(), network_boundary(network, what):
+            levels = layer_moments(walk, piece.layer, range(self.task.level_count))
+        arrays: dict[str, npt.NDArray[np.float64]] = {}
+        for level, moments in enumerate(levels):
+            arrays |= {f"{level}/{name}": tensor.numpy() for name, tensor in _fields(moments)}
+        return arrays or None
 
     def solve(
         self,
@@ -171,8 +167,14 @@ class Member:
         try:
             with threads(1):
                 if levels:
-                    transform = self._transforms.get(piece.layer)
-                    quantized = calibrate_weight(weight, piece.config, levels, groups=piece.groups, transform=transform)
+                    quantized = calibrate_weight(
+                        weight,
+                        piece.config,
+                        levels,
+                        groups=piece.groups,
+                        transform=self._transforms.get(piece.layer),
+                        biased=piece.layer not in self._unbiased,
+                    )
                 else:
                     quantized = quantize_weight(weight, piece.config)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's

@@ -36,7 +36,7 @@ def run(job: Job, executor: Executor, clock: StageClock) -> Job:
         if len(solved) < len(layers):
             _solve(job, images, executor, solved, clock.progress("reconstruct"))
     ordered = tuple(solved[index] for index in range(len(layers)))
-    notes = without_data((record.layer, record.without) for record in ordered if not record.biases)
+    notes = without_data((record.layer, record.without) for record in ordered if record.without is not None)
     return replace(job, reconstruction=Reconstruction(ordered, notes))
 
 

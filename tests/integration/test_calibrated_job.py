@@ -155,8 +155,8 @@ def test_a_layer_is_rounded_without_data_for_a_reason_that_the_notes_name(tiny_d
     expected = [
         "1 layers were rounded without data (its input does not come image by image along the first axis): turned.",
         "1 layers were rounded without data (its query, key and value have one weight): attention.",
-        "3 layers were rounded without data (it is not called as a layer with its input first): keyed, unused, "
-        "attention.out_proj.",
+        "2 layers were rounded without data (neither it is called with its input first, nor linear() with its weight): "
+        "unused, attention.out_proj.",
     ]
     notes = [note for note in local(document).notes if "without data" in note]
     assert sorted(notes) == expected

@@ -133,6 +133,6 @@ def test_layers_that_cannot_be_split_are_left_out() -> None:
         ("embed",),
         {
             "inner": "its input does not come image by image along the first axis",
-            "unused": "it is not called as a layer with its input first",
+            "unused": "neither it is called with its input first, nor linear() with its weight",
         },
     )
