@@ -130,14 +130,19 @@ def read_inputs(module: nn.Module, inputs: Tensor) -> ReadInputs:
     except ValueError as error:
         raise UnreadableInputs(f"{type(module).__name__} {error}") from error
     if call.form == "linear":
-        tokens = call.inputs.reshape(call.inputs.shape[0], -1, call.inputs.shape[-1])
-        chosen = tokens[:, _positions(tokens.shape[1])]
-        columns = chosen.flatten(0, 1).t()[None]
-    elif call.form == "convolution":
+        return ReadInputs(linear_columns(call.inputs), transform, call.biased)
+    if call.form == "convolution":
         columns = _patches(call, call.weight.shape[2:])
     else:
         columns = _patches(_convolution_of(call), call.weight.shape[2:], flipped=True)
     return ReadInputs(in_blocks(columns.mT).mT, transform, call.biased)
+
+
+def linear_columns(inputs: Tensor) -> Tensor:
+    """Return ``input_columns`` of a linear map over ``inputs`` ``[N, ..., K]``."""
+    tokens = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
+    chosen = tokens[:, _positions(tokens.shape[1])]
+    return in_blocks(chosen.flatten(0, 1)[None]).mT
 
 
 def input_blocks(inputs: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nestquant.moments import UnreadableInputs, read_inputs
+from nestquant.moments import UnreadableInputs, input_columns, linear_columns, read_inputs
 from nestquant.quantized_weight import QuantizedWeight
 from nestquant.surgery import from_channel_first, kind_of
 from nestquant.weight_transforms import WeightTransform
@@ -43,7 +43,6 @@ class Probed:
     unbiased: frozenset[str] = frozenset()
 
 
-_ATTENTION = "its query, key and value have one weight"
 _OTHER_AXIS = "its input does not come image by image along the first axis"
 _NOT_CALLED = "neither it is called with its input first, nor linear() with its weight"
 
@@ -63,13 +62,12 @@ class Lanes:
         self._names = tuple(layers)
         self._calls: Counter[str] = Counter()
         self._functional: set[str] = set()
-        modules = ((name, network.get_submodule(name)) for name in layers)
-        self._linears = {id(module.weight): name for name, module in modules if isinstance(module, nn.Linear)}
+        self._linears: dict[int, str] = {}
         for name in layers:
             module = network.get_submodule(name)
-            if isinstance(module, nn.MultiheadAttention):  # query, key and value would all have to be split
-                self._passing.add(name)
-            else:
+            if isinstance(module, nn.Linear | nn.MultiheadAttention):
+                self._linears[id(_weight_of(module))] = name
+            if not isinstance(module, nn.MultiheadAttention):  # what goes into it is no input of its weight alone
                 self._split(name, module)
 
     def apply(self, layer: str, weight: QuantizedWeight) -> None:
@@ -141,6 +139,12 @@ class Lanes:
         finally:
             del _WATCH.look
 
+    def columns(self, layer: str, inputs: Tensor) -> Tensor:
+        """Return what a layer's weight is multiplied by (``nestquant.moments.input_columns``)."""
+        if layer in self._functional:
+            return linear_columns(inputs)
+        return input_columns(self.network.get_submodule(layer), inputs)
+
     def run(self, images: Tensor) -> None:
         """Run a forward in all lanes."""
         with FunctionalCalls(self._linears, self.linear) if self._functional else nullcontext():
@@ -156,15 +160,12 @@ class Lanes:
         own = runs[0]._parameters.get("bias")
         products = []
         for run, part in zip(runs, inputs.chunk(self.lanes), strict=True):
-            lane_weight, lane_bias = run._parameters["weight"], run._parameters["bias"] if bias is own else bias
-            assert lane_weight is not None
-            products.append(functional.linear(part, lane_weight, lane_bias))
+            lane_bias = run._parameters.get("bias") if bias is own else bias
+            products.append(functional.linear(part, _weight_of(run), lane_bias))
         return torch.cat(products)
 
     def _reason(self, layer: str, *, called: bool) -> str:
-        if called:
-            return _OTHER_AXIS
-        return _ATTENTION if layer in self._passing else _NOT_CALLED
+        return _OTHER_AXIS if called else _NOT_CALLED
 
     def _split(self, name: str, module: nn.Module) -> None:
         plain = module.forward
@@ -297,10 +298,9 @@ class Walk:
             return None
         return self._at.inputs.chunk(self._lanes.lanes)
 
-    @property
-    def network(self) -> nn.Module:
-        """The network whose layers halt."""
-        return self._lanes.network
+    def columns(self, layer: str, inputs: Tensor) -> Tensor:
+        """Return what a layer's weight is multiplied by (``nestquant.moments.input_columns``)."""
+        return self._lanes.columns(layer, inputs)
 
     def later_calls(self, layer: str, take: Callable[[Tensor], None]) -> None:
         """Hand on what the float network puts into a layer's second and later calls, if it has any."""
@@ -354,22 +354,24 @@ class Walk:
             raise _Abandoned
 
 
+def _weight_of(module: nn.Module) -> Tensor:
+    _, parameter = kind_of(module) or (None, "weight")
+    weight = module._parameters[parameter]
+    assert weight is not None
+    return weight
+
+
 def _with_weight(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """Return a shallow copy of a layer that runs another weight, and its bias with another one added."""
     run = copy.copy(module)
     run.__dict__.pop("forward", None)
     own = module._parameters.get("bias")
     added = bias if own is None or bias is None else own.detach() + bias.to(own.dtype)
-    parameters: Mapping[str, Any] = {
-        "weight": _in_place_of(module, weight),
-        "bias": own if added is None else added.to(weight.dtype),
-    }
+    kind, parameter = kind_of(module) or (None, "")
+    assert kind is not None
+    groups = int(getattr(module, "groups", 1))
+    parameters: dict[str, Any] = {parameter: from_channel_first(weight, kind, groups)}
+    if parameter == "weight":
+        parameters["bias"] = own if added is None else added.to(weight.dtype)
     run._parameters = {**module._parameters, **parameters}
     return run
-
-
-def _in_place_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight, output channels first, as the layer keeps it."""
-    kind, _ = kind_of(module) or (None, "")
-    assert kind is not None
-    return from_channel_first(weight, kind, int(getattr(module, "groups", 1)))

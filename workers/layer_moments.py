@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nestquant.moments import Moments, input_columns
+from nestquant.moments import Moments
 from workers.forward import check_input
 from workers.lanes import Walk
 
@@ -24,13 +24,12 @@ def layer_moments(walk: Walk, layer: str, levels: Sequence[int]) -> list[Moments
     if inputs is None:
         return []
     check_input(layer, *inputs)
-    module = walk.network.get_submodule(layer)
-    x, *runs = (input_columns(module, lane) for lane in inputs)
+    x, *runs = (walk.columns(layer, lane) for lane in inputs)
     totals = [Moments.of(x, runs[level]) for level in levels]
 
     def add(later: Tensor) -> None:
         check_input(layer, later)
-        columns = input_columns(module, later)
+        columns = walk.columns(layer, later)
         part = Moments.of(columns, columns)
         totals[:] = [Moments.merge([total, part]) for total in totals]
 

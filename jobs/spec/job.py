@@ -25,7 +25,7 @@ from storage.layout import manifest_key, tag_key
 from storage.manifest import MAX_PIXELS, Engine, Interpolation, ModelName, canonical_json
 from storage.stores.blob_store import check_key
 
-METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 6, "data_free": 6}
+METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 7, "data_free": 7}
 """Raised whenever the same spec and weights would give other integers or other shards by a recipe: part of a job's
 identity."""
 

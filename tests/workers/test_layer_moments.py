@@ -142,10 +142,25 @@ class Attention(nn.Module):
         return answer
 
 
-class Network(nn.Module):
-    def __init__(self, *, biased: bool) -> None:
+class Fused(nn.Module):
+    """Torch's own attention, over other keys than queries where ``crossed``."""
+
+    def __init__(self, width: int, *, first: bool, crossed: bool) -> None:
         super().__init__()
-        self.stem, self.attention = nn.Conv2d(3, 8, 4, stride=4), Attention(8, biased=biased)
+        self.inner = nn.MultiheadAttention(width, 2, batch_first=first)
+        self.first, self.crossed = first, crossed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens if self.first else tokens.transpose(0, 1)
+        others = tokens.flip(1 if self.first else 0).relu() if self.crossed else tokens
+        answer: Tensor = self.inner(tokens, others, others, need_weights=False)[0]
+        return answer if self.first else answer.transpose(0, 1)
+
+
+class Network(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.attention = nn.Conv2d(3, 8, 4, stride=4), attention
         self.head = timm.layers.Linear(8, 5)  # with a forward of its own
 
     def forward(self, images: Tensor) -> Tensor:
@@ -154,20 +169,28 @@ class Network(nn.Module):
         return answer
 
 
-NAMES = ("stem", "attention.qkv", "attention.proj", "head")
+LENT = [
+    ({"biased": True}, Attention, ("qkv", "proj"), frozenset[str]()),
+    ({"biased": False}, Attention, ("qkv", "proj"), frozenset({"attention.qkv"})),
+    ({"first": True, "crossed": False}, Fused, ("inner", "inner.out_proj"), frozenset({"attention.inner"})),
+    ({"first": False, "crossed": False}, Fused, ("inner", "inner.out_proj"), frozenset({"attention.inner"})),
+    ({"first": True, "crossed": True}, Fused, ("inner", "inner.out_proj"), frozenset({"attention.inner"})),
+]
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_layer_that_is_not_called_is_solved_at_the_call_with_its_weight(biased: bool) -> None:
+@pytest.mark.parametrize(("options", "kind", "inner", "unbiased"), LENT, ids=str)
+def test_a_layer_that_is_not_called_is_solved_at_the_call_with_its_weight(
+    options: dict[str, bool], kind: type[nn.Module], inner: tuple[str, str], unbiased: frozenset[str]
+) -> None:
     def build() -> Network:
         torch.manual_seed(0)
-        return Network(biased=biased).eval()
+        return Network(kind(8, **options)).eval()
 
+    names = ("stem", *(f"attention.{name}" for name in inner), "head")
     images = noise(12, 3, 16, 16)
     layers = {piece.layer: piece for piece in pieces(build(), images[:1])}
-    lanes = Lanes(build(), NAMES, 2)
-    unbiased = frozenset() if biased else frozenset({"attention.qkv"})
-    assert lanes.probe(images[:1], "net") == Probed(NAMES, unbiased=unbiased)
+    lanes = Lanes(build(), names, 2)
+    assert lanes.probe(images[:1], "net") == Probed(names, unbiased=unbiased)
     solved = list(solve(build(), list(layers.values()), [images[:8], images[8:]], "net"))
     assert [one.without for one in solved] == [None] * 4
     weights = {one.piece.layer: one.weight for one in solved}
@@ -176,7 +199,7 @@ def test_a_layer_that_is_not_called_is_solved_at_the_call_with_its_weight(biased
     # What a lane shows each layer is what the network shows it that runs these weights.
     walk = lanes.start(images)
     shown: dict[str, tuple[Tensor, ...]] = {}
-    for name in NAMES:
+    for name in names:
         inputs = walk.reach(name)
         assert inputs is not None
         shown[name] = tuple(lane.clone() for lane in inputs)
@@ -186,6 +209,6 @@ def test_a_layer_that_is_not_called_is_solved_at_the_call_with_its_weight(biased
         network = build()
         nest_model(network, weights)
         set_level(network, level)
-        for name in ("stem", "attention.proj", "head"):
+        for name in ("stem", "head"):
             assert torch.allclose(shown[name][lane], inputs_of(network, name, images)[0], atol=1e-5), (name, lane)
         assert not torch.allclose(shown["head"][0], shown["head"][lane], atol=1e-6)
