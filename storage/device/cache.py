@@ -16,6 +16,7 @@ the right bytes. Blobs are counted by the manifests that name them; nothing else
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ from storage.manifest import (
     parse_manifest,
 )
 from storage.stores.blob_store import check_key
+from storage.wording import system_text
 
 _MAX_STATE_BYTES = 1 << 20
 
@@ -111,13 +113,21 @@ class Cache:
         with disk_errors(f"cache {self.root}"):
             check(self.root)  # before the lock is written
             self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-        lock = FileLock(self.root / "lock", timeout=timeout_s, mode=0o600)  # made so whatever the umask
+        # Made with this mode whatever the umask; a file that merely is there would outlive its holder.
+        lock = FileLock(self.root / "lock", timeout=timeout_s, mode=0o600, fallback_to_soft=False)
         with disk_errors(str(self.root / "lock")):
             check_file(self.root / "lock")
             try:
                 lock.acquire()
             except Timeout as error:
                 raise CacheBusy(f"another process works on {self.root}; waited {timeout_s:g} s") from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                raise CacheError(
+                    f"{self.root}: this file system has no locks ({system_text(error)}); choose another folder for the "
+                    "cache, or mount it with locks"
+                ) from error
         try:
             with disk_errors(f"cache {self.root}"):
                 claim(self.root)

@@ -22,12 +22,14 @@ from jobs.cli.main import Exit, exit_code
 from jobs.driver import run_job
 from jobs.events import Event
 from jobs.spec.file import parse_spec
+from storage.device import Device, StoreSource
+from storage.device.errors import CacheError
 from storage.errors import NotFound, StorageError
 from storage.stores.local import LocalStore
 from storage.stores.uri import open_store
 from workers.errors import CheckpointError, ScratchError, ScratchFull, WorkError
 from workers.executor import InProcessExecutor
-from workers.inputs.files import reading, require_room
+from workers.inputs.files import fetch, reading, require_room
 from workers.inputs.tensors import TensorReader
 from workers.inputs.writing import writing
 from workers.tasks import TensorSource
@@ -154,19 +156,28 @@ def test_a_store_that_is_a_file_or_a_dangling_link(tiny_document: Document, tmp_
     assert list(open_store(tmp_path / "there").list()) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_store_without_locks_is_refused_before_work(
-    tiny_document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    store, flock = tmp_path / "store", fcntl.flock
+def refuse_locks(monkeypatch: pytest.MonkeyPatch, below: Path, number: int) -> None:
+    """Let the system refuse to lock files below a folder."""
+    flock = fcntl.flock
 
     def refuse(file: Any, operation: int) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
-        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(store)):
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(below)):
             raise OSError(number, os.strerror(number))
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+NO_LOCKS = [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_a_store_without_locks_is_refused_before_work(
+    tiny_document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    store = tmp_path / "store"
+    refuse_locks(monkeypatch, store, number)
     code, message, stages = failure(tiny_document(store__uri=str(store)))
     assert (code, stages) == (Exit.FAILED, [])
     assert message == (
@@ -262,3 +273,34 @@ def test_what_says_what_it_is_passes_as_it_is(error: BaseException) -> None:
         with pytest.raises(type(error)) as caught, boundary:
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize("number", [*NO_LOCKS, errno.EIO])
+def test_a_cache_without_locks_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    cache = tmp_path / "cache"
+    refuse_locks(monkeypatch, cache, number)
+    device = Device(cache, StoreSource(open_store(tmp_path / "store")), unsigned=True, lock_timeout_s=0.5)
+    with pytest.raises(CacheError) as caught:
+        device.pull("tiny")
+    no_locks = (
+        f"this file system has no locks ({os.strerror(number)}); choose another folder for the cache, or mount it"
+    )
+    assert str(caught.value) == (
+        f"{cache}/lock: {os.strerror(number)}" if number == errno.EIO else f"{cache}: {no_locks} with locks"
+    )
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_a_temporary_folder_without_locks_shares_no_downloads_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    shared = tmp_path / f"nestquant-inputs-{os.geteuid()}"
+    refuse_locks(monkeypatch, shared, number)
+    with pytest.raises(ScratchError) as caught:
+        fetch("s3://bucket/set.tar?endpoint_url=http://127.0.0.1:9&region=nowhere", tmp_path / "job")
+    assert str(caught.value) == (
+        f"The temporary folder {shared}: {os.strerror(number)}; set TMPDIR to a folder that can be written."
+    )

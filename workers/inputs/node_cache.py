@@ -20,10 +20,12 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from storage.digest import file_version
 from storage.stores.blob_store import Opened
@@ -97,14 +99,15 @@ class NodeCache:
         """
         name = hashlib.sha256(uri.encode()).hexdigest()
         entry = self.folder / name
-        with FileLock(f"{entry}.lock", mode=0o600):
+        with self._lock(entry):
             with store.open_own(unless_etag=self._known_etag(entry)) as opened:
                 if opened is not None and opened.size_bytes > self.limit_bytes:
                     write_pieces(opened.pieces, target)
                     return
                 if opened is not None:
                     self._download(entry, opened)
-            os.utime(entry / "record.json")  # used now: the last to be removed
+            with writing(self.folder):
+                os.utime(entry / "record.json")  # used now: the last to be removed
             _link(entry / "object", target)
         self.trim()
 
@@ -120,9 +123,19 @@ class NodeCache:
         for _, size, entry in sorted(entries):
             if total <= limit:
                 return
-            with contextlib.suppress(Timeout, OSError), FileLock(f"{entry}.lock", timeout=0, mode=0o600):
+            with contextlib.suppress(Timeout, OSError), _file_lock(entry, timeout_s=0):
                 shutil.rmtree(entry)
                 total -= size
+
+    @contextmanager
+    def _lock(self, entry: Path) -> Iterator[None]:
+        lock = _file_lock(entry)
+        with writing(self.folder):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _known_etag(self, entry: Path) -> str | None:
         """Return the ETag of the bytes at hand; None where there are none, or they are not those that were written."""
@@ -146,6 +159,11 @@ class NodeCache:
             file.chmod(0o400)
             version = file_version(file.stat())
         write_pieces([json.dumps({"etag": opened.etag, "version": version}).encode()], record)
+
+
+def _file_lock(entry: Path, *, timeout_s: float = -1) -> BaseFileLock:
+    """Return an entry's lock, which goes with its holder: where the file system has none, taking it fails."""
+    return FileLock(f"{entry}.lock", timeout=timeout_s, mode=0o600, fallback_to_soft=False)
 
 
 def _link(source: Path, target: Path) -> None:
