@@ -30,7 +30,7 @@ class NestedLayer(nn.Module):
     parameter: ClassVar[str]
     nested: NestedWeight
     activation: ActivationQParams | None
-    _held: Tensor | None
+    _active_weight: Tensor | None
 
     def __init_subclass__(cls, parameter: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,11 +49,11 @@ class NestedLayer(nn.Module):
             args = _quantize_inputs(args, self.activation)
         # A forward that reads the weight several times unpacks it once. Another thread's forward at worst unpacks
         # again.
-        self._held = self.nested()
+        self._active_weight = self.nested()
         try:
             return super().forward(*args, **kwargs)
         finally:
-            self._held = None
+            self._active_weight = None
 
     def page_in(self, low: Packed) -> None:
         """Take the packed bytes of the next level (``NestedWeight.page_in``)."""
@@ -69,7 +69,7 @@ class NestedLayer(nn.Module):
         return self.nested.resident_bytes
 
     def _weight(self) -> Tensor:
-        weight = self._held
+        weight = self._active_weight
         return self.nested() if weight is None else weight
 
     def _bias(self) -> Tensor | None:
@@ -174,7 +174,7 @@ def from_packed(
         biases=biases,
     )
     layer.activation = activation
-    layer._held = None
+    layer._active_weight = None
     return layer
 
 

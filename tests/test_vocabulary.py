@@ -66,10 +66,6 @@ NOT_YET = frozenset(
         "jobs/spec/job.py",
         "jobs/spec/zoo.py",
         "jobs/stages/plan.py",
-        "nestquant/calibrated.py",
-        "nestquant/modules.py",
-        "workers/quantize.py",
-        "workers/synthesize.py",
     }
 )
 

@@ -175,8 +175,8 @@ def _store_base(registry: Registry, reader: TensorReader, task: BaseTask) -> _Do
     tensors = {name: reader.read(name) for name in task.parameters}
     data = build_base({name: as_numpy(tensor) for name, tensor in tensors.items()})
     descriptor = registry.put_blob(data, MEDIA_TYPE_BASE)
-    read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return _Done(BaseRecord(index=task.index, descriptor=descriptor), read, descriptor.size_bytes)
+    bytes_read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return _Done(BaseRecord(index=task.index, descriptor=descriptor), bytes_read, descriptor.size_bytes)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -85,9 +85,9 @@ def synthesize(task: SynthesizeTask) -> int:
     """
     preprocessing = Preprocessing.from_record(task.context.network.preprocessing)
     network, name = open_network(task.context.network), task.context.network.title
-    images, found = make_chunk(network, preprocessing, task.samples, task.chunk, name)
+    images, statistics = make_chunk(network, preprocessing, task.samples, task.chunk, name)
     tensors: dict[str, Any] = {"x": images.numpy()}
-    for name, sums in found.items():
+    for name, sums in statistics.items():
         tensors |= {
             f"count/{name}": np.array([sums.count]),
             f"value/{name}": sums.value.numpy(),
@@ -113,15 +113,15 @@ def make_chunk(
         images = synthetic_images(
             samples, max(height, width), mean=preprocessing.mean, std=preprocessing.std, seed=chunk
         )
-        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
-        images = images[:, top : top + height, left : left + width].contiguous()
+        top, side = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        images = images[:, top : top + height, side : side + width].contiguous()
         inputs = normalised(images, preprocessing)
         with network_boundary(network, f"{name} cannot run on inputs of {extents(inputs)}"):
             try:
-                found = take_statistics(network, inputs)
+                statistics = take_statistics(network, inputs)
             except NotFinite as error:
                 raise WorkError(f"{name}: {error}") from error
-    return images, found
+    return images, statistics
 
 
 def join(task: JoinTask) -> SyntheticRecord:
