@@ -56,14 +56,14 @@ class Signing:
         return f"{self.key(role)}.pub"
 
 
-InitSigning = Callable[[Path], Signing]
+InitSigning = Callable[[Path | str], Signing]
 
 
 @pytest.fixture
 def signing(nestquant: Run, tmp_path: Path) -> InitSigning:
     """Generate keys and make a store one whose devices trust them, by the commands that a person types."""
 
-    def init(store: Path) -> Signing:
+    def init(store: Path | str) -> Signing:
         signing = Signing(tmp_path)
         for role in ("root", "publisher", "online"):
             assert nestquant("keys", "generate", signing.key(role))[0] == 0
