@@ -242,7 +242,12 @@ def _error(answers: Any, expected: Any) -> float:
     import torch
 
     if not isinstance(answers, torch.Tensor):
-        answers, expected = (torch.cat([one.flatten(1) for one in _tensors(value)], 1) for value in (answers, expected))
+        ours, theirs = list(_tensors(answers)), list(_tensors(expected))
+        if [one.shape for one in ours] != [one.shape for one in theirs]:
+            raise ArithmeticError(
+                "it ran in both modes; the shapes of its answers follow from the values, not compared"
+            )
+        answers, expected = (torch.cat([one.reshape(-1) for one in value]) for value in (ours, theirs))
     for name, values in (("the network", answers), ("the float network", expected)):
         if not torch.isfinite(values).all():
             raise ArithmeticError(f"{name} answers NaN or infinity")

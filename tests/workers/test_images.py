@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,7 +111,11 @@ def test_grey_networks_get_one_channel(pixels: np.ndarray, tmp_path: Path) -> No
     [
         (lambda p: None, "there is no such file or folder"),
         (lambda p: p.mkdir(), "holds no image"),
-        (lambda p: p.write_bytes(b"text"), "is neither a folder, an .npz nor a tar"),
+        (
+            lambda p: p.write_bytes(b"text"),
+            r"is neither a folder, an \.npz nor a tar \(file could not be opened successfully\)\.$",
+        ),
+        (lambda p: zipfile.ZipFile(p, "w").close(), r"is a zip archive; expected a folder, .* or a tar: unpack it\.$"),
     ],
 )
 def test_what_is_no_image_set_is_said(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:

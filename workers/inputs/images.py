@@ -12,6 +12,7 @@ import os
 import posixpath
 import stat
 import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -340,7 +341,10 @@ def _open_tar(path: Path, uri: str) -> ImageSet:
             table = archive.extractfile(members[root + TABLE]) if root + TABLE in tables else None
             content = table.read(MAX_TABLE_BYTES + 1) if table is not None else None
     except tarfile.ReadError as error:
-        raise DataError(f"{uri} is neither a folder, an .npz nor a tar ({printable(str(error))}).") from error
+        if zipfile.is_zipfile(path):
+            raise DataError(f"{uri} is a zip archive; expected a folder, an .npz or a tar: unpack it.") from error
+        first = printable(str(error).partition("\n")[0]).rstrip(":")
+        raise DataError(f"{uri} is neither a folder, an .npz nor a tar ({first}).") from error
     except Exception as error:  # a damaged archive raises errors of gzip, lzma, zlib, struct and the system
         raise DataError(f"{uri} cannot be read as a tar: {one_line(error)}.") from error
     labelling = by_folders(listing, root=root) if content is None else by_table(content, listing, root=root, where=uri)

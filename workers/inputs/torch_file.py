@@ -40,7 +40,7 @@ _OTHERS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"7z\xbc\xaf", "is a 7z archive: unpack it"),
     (0, b"\x89HDF", "is an HDF5 file (Keras, TensorFlow): convert it to a state dict"),
     (0, b"\x93NUMPY", "is a numpy array: convert it to a state dict"),
-    (0, b"<", "is a web page or XML, not a checkpoint: was the download refused?"),
+    (0, b"<", "is a web page or XML, not a checkpoint: perhaps the download was refused"),
     (0, b"{", "is JSON: name the file with the weights themselves; an index of several files is not read"),
     (257, b"ustar", "is a tar archive: unpack it (torch.save's own .pth.tar is none, and is read)"),
 )
