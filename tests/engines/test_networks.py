@@ -63,8 +63,9 @@ NETWORKS = (
     Network("resnet50", 0.01, 0.01, kwargs=TRAINED),
     Network("mobilenetv2_100", 0.036, 0.036),
     Network("mobilenetv3_small_100", 0.03, 0.035, slow=False),
-    Network("mobilenetv3_large_100", 0.05, 0.12),
+    Network("mobilenetv3_large_100", 0.038, 0.08),
     Network("shufflenetv2_wd2", 0.01, 0.014, "pytorchcv"),
+    Network("deit_tiny_patch16_224", 0.025, 0.026),
     Network("swin_tiny_patch4_window7_224", 0.012, 0.015),
 )
 
