@@ -156,7 +156,7 @@ class Boundary:
 
 BOUNDARIES = {
     "an image of a folder is opened": Boundary(
-        "workers.inputs.images:_open_file", lambda at: skipped(at / "set"), "cat/one.png"
+        "workers.inputs.images:open_file", lambda at: skipped(at / "set"), "cat/one.png"
     ),
     "an image of a folder is decoded": Boundary("PIL.Image:open", lambda at: skipped(at / "set"), "cat/one.png"),
     "an image of a tar is extracted": Boundary(

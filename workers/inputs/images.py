@@ -8,15 +8,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import posixpath
-import stat
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
@@ -32,13 +29,11 @@ from workers.inputs.labels import (
     MAX_TABLE_BYTES,
     TABLE,
     Labelling,
-    Listing,
     by_folders,
     by_table,
-    is_image,
-    is_junk,
     root_of,
 )
+from workers.inputs.listing import file_digest, list_archive, list_folder, open_file
 
 
 class _Reader(Protocol):
@@ -192,12 +187,12 @@ class ImageSet:
         """
         hasher = hashlib.sha256(f"{len(self) if count is None else count}\n".encode())
         if self.path.is_file():
-            hasher.update(_file_digest(self.path))
+            hasher.update(file_digest(self.path))
         else:
             for name in self.names:
                 try:
                     with image_boundary(printable(name)):
-                        hasher.update(_file_digest(self.path / name))
+                        hasher.update(file_digest(self.path / name))
                 except ImageFault:
                     hasher.update(_NO_DIGEST)
         return f"sha256:{hasher.hexdigest()}"
@@ -291,7 +286,7 @@ class _Folder:
         self.files = files
 
     def load(self, index: int) -> Image.Image:
-        with _open_file(self.files[index]) as stream:
+        with open_file(self.files[index]) as stream:
             return decode(stream)
 
     def check(self) -> None:
@@ -316,13 +311,13 @@ class _Tar:
 
 
 def _open_folder(path: Path, uri: str) -> ImageSet:
-    listing = _listing(path, uri)
+    listing = list_folder(path, uri)
     tables = [name for name in listing.others if posixpath.basename(name) == TABLE]
     root = root_of(listing, tables)
     labelling = by_folders(listing, root=root)
     if root + TABLE in tables:
         try:
-            with _open_file(path / root / TABLE) as stream:
+            with open_file(path / root / TABLE) as stream:
                 content = stream.read(MAX_TABLE_BYTES + 1)
         except (OSError, ImageFault) as error:
             raise DataError(f"{uri}: {root}{TABLE} cannot be read: {one_line(error)}.") from error
@@ -335,7 +330,7 @@ def _open_tar(path: Path, uri: str) -> ImageSet:
     try:
         with tarfile.open(path) as archive:
             members = {posixpath.normpath(member.name).lstrip("/"): member for member in archive.getmembers()}
-            listing = _members(members)
+            listing = list_archive(members)
             tables = [name for name in listing.others if posixpath.basename(name) == TABLE]
             root = root_of(listing, tables)
             table = archive.extractfile(members[root + TABLE]) if root + TABLE in tables else None
@@ -355,73 +350,3 @@ def _open_tar(path: Path, uri: str) -> ImageSet:
 def _require_images(labelling: Labelling, uri: str) -> None:
     if not labelling.names:
         raise DataError(f"{uri} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-
-
-def _listing(path: Path, uri: str) -> Listing:
-    """Walk through a folder as ImageFolder does, links to folders included; a link to a folder that it lies in is left
-    out.
-
-    Raises:
-        DataError: a folder cannot be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{uri}: a folder cannot be read: {one_line(error)}.") from error
-
-    images: list[str] = []
-    folders: list[str] = []
-    others: list[str] = []
-    above: dict[str, frozenset[tuple[int, int]]] = {str(path): frozenset({_place(path)})}
-    for place, inner, files in os.walk(path, followlinks=True, onerror=refuse):
-        parents = above.pop(place)
-        prefix = Path(place).relative_to(path).as_posix().removeprefix(".")
-        prefix = f"{prefix}/" if prefix else ""
-        subfolders = []
-        for name in inner:
-            identity = _place(Path(place, name))
-            if not is_junk(name) and identity not in parents:
-                above[os.path.join(place, name)] = parents | {identity}
-                subfolders.append(name)
-        inner[:] = subfolders
-        folders += [prefix + name for name in subfolders]
-        for name in files:
-            if not is_junk(name):
-                (images if is_image(name) else others).append(prefix + name)
-    return Listing(frozenset(images), folders, others)
-
-
-def _members(members: Mapping[str, tarfile.TarInfo]) -> Listing:
-    """List an archive; a link counts as what it leads to."""
-    names = [name for name in members if name != "." and not is_junk(name)]
-    files = [name for name in names if members[name].isfile() or members[name].islnk() or members[name].issym()]
-    folders: set[str] = set()
-    for name in names:
-        folder = name if members[name].isdir() else posixpath.dirname(name)
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = posixpath.dirname(folder)
-    images = frozenset(name for name in files if is_image(name))
-    return Listing(images, folders, [name for name in files if name not in images])
-
-
-def _place(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _open_file(path: Path) -> BufferedReader:
-    """Open a regular file for reading; a pipe would be waited for without end.
-
-    Raises:
-        ImageFault: it is something else.
-    """
-    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise ImageFault("not a regular file")
-    return stream
-
-
-def _file_digest(path: Path) -> bytes:
-    with _open_file(path) as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
