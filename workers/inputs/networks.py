@@ -71,7 +71,7 @@ def build(
     except (
         Exception
     ) as error:  # the libraries raise anything: a network failure, an assertion, a TypeError on an argument
-        if meta and (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+        if meta and (isinstance(error, NotImplementedError) or "meta" in one_line(error).lower()):
             raise ModelError(
                 f"{library} {arch} cannot be planned: planning and devices build a network without memory first, and "
                 f"its constructor computes with values ({one_line(error)[:120]}); take another architecture."
