@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.moments import Moments
 from nestquant.norm_statistics import NormSums, put_statistics
@@ -23,8 +22,8 @@ from nestquant.surgery import channel_first
 from workers.calibrate import observed
 from workers.errors import WorkError
 from workers.forward import extents, network_boundary, run_network
-from workers.lanes import Lanes, Probed, Walk
-from workers.layer_moments import layer_moments
+from workers.lanes import Lanes, Walk
+from workers.layer_moments import layer_moments, solve_layer
 from workers.reconstruct import chosen_levels
 from workers.synthesize import CHUNK, SAMPLES, make_chunk, normalised
 from workers.tasks import PieceTask
@@ -92,7 +91,7 @@ def solve(network: nn.Module, layers: Sequence[PieceTask], chunks: Sequence[Tens
                 with network_boundary(walked, f"{name} cannot run on inputs of {extents(chunks[0])}"):
                     moments = _moments(piece, walks, level_count)
             weight = _weight(network, piece)
-            solved = _solved(piece, weight, moments, probed) if moments else _rounded(piece, weight)
+            solved = solve_layer(piece, weight, moments, probed)
             if layer in probed.laned:
                 lanes.apply(layer, solved)
             reason = without.get(layer, "it was not called on any calibration input")
@@ -163,19 +162,4 @@ def _rounded(piece: PieceTask, weight: Tensor) -> QuantizedWeight:
     try:
         return quantize_weight(weight, piece.config)
     except ValueError as error:
-        raise WorkError(f"Layer {piece.layer!r}: {error}") from error
-
-
-def _solved(piece: PieceTask, weight: Tensor, moments: Sequence[Moments], probed: Probed) -> QuantizedWeight:
-    try:
-        with threads(1):
-            return calibrate_weight(
-                weight,
-                piece.config,
-                moments,
-                groups=piece.groups,
-                transform=probed.transforms.get(piece.layer),
-                biased=piece.layer not in probed.unbiased,
-            )
-    except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
         raise WorkError(f"Layer {piece.layer!r}: {error}") from error

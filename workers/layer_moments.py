@@ -1,4 +1,6 @@
-"""The moments of a layer's inputs over one chunk of images: as a job's members take them, and a network in memory."""
+"""The moments of a layer's inputs over one chunk of images, and the layer that is solved by them: as a job's members do
+it, and a network in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from nestquant.calibrated import calibrate_weight
 from nestquant.moments import Moments
+from nestquant.quantized_weight import QuantizedWeight, quantize_weight
+from workers.errors import WorkError
 from workers.forward import check_input
-from workers.lanes import Walk
+from workers.lanes import Probed, Walk
+from workers.tasks import PieceTask
+from workers.threads import threads
 
 
 def layer_moments(walk: Walk, layer: str, levels: Sequence[int]) -> list[Moments]:
@@ -35,3 +42,31 @@ def layer_moments(walk: Walk, layer: str, levels: Sequence[int]) -> list[Moments
 
     walk.later_calls(layer, add)
     return totals
+
+
+def solve_layer(piece: PieceTask, weight: Tensor, moments: Sequence[Moments], probed: Probed) -> QuantizedWeight:
+    """Return a layer's integers and biases by the moments of its inputs at each level; rounded alone without any.
+
+    Args:
+        piece: the layer, all its output channels.
+        weight: its float32 weight, output channels first.
+        moments: one a level, or none.
+        probed: what was learnt of the layer before.
+
+    Raises:
+        WorkError: naming the layer, where its weight cannot be quantized or its moments are not finite.
+    """
+    try:
+        with threads(1):
+            if not moments:
+                return quantize_weight(weight, piece.config)
+            return calibrate_weight(
+                weight,
+                piece.config,
+                moments,
+                groups=piece.groups,
+                transform=probed.transforms.get(piece.layer),
+                biased=piece.layer not in probed.unbiased,
+            )
+    except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
+        raise WorkError(f"Layer {piece.layer!r}: {error}") from error

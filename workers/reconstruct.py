@@ -15,21 +15,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nestquant.calibrated import calibrate_weight
 from nestquant.engines.images import Preprocessing
 from nestquant.moments import Moments
-from nestquant.quantized_weight import quantize_weight
-from nestquant.weight_transforms import WeightTransform
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
-from workers.errors import WorkError
 from workers.forward import network_boundary
 from workers.inputs.checkpoint import open_network
 from workers.inputs.images import fetch_images
 from workers.inputs.tensors import open_tensors
-from workers.lanes import Lanes, Walk
-from workers.layer_moments import layer_moments
+from workers.lanes import Lanes, Probed, Walk
+from workers.layer_moments import layer_moments, solve_layer
 from workers.ledger import Ledger
 from workers.quantize import read_piece
 from workers.scratch import scratch
@@ -77,8 +73,7 @@ class Member:
         self._walks: list[Walk | None] = []
         self._applied: set[int] = set()
         self._laned: set[int] = set()
-        self._transforms: Mapping[str, WeightTransform] = {}
-        self._unbiased: frozenset[str] = frozenset()
+        self._probed = Probed(())
 
     def begin(self) -> Begun:
         """Load the network and the images.
@@ -104,7 +99,7 @@ class Member:
                 self._walks.append(None if batch is None else lanes.start(batch))
         index = {piece.layer: at for at, piece in enumerate(task.layers)}
         laned = tuple(index[name] for name in probed.laned)
-        self._laned, self._transforms, self._unbiased = set(laned), probed.transforms, probed.unbiased
+        self._laned, self._probed = set(laned), probed
         without = {index[name]: reason for name, reason in probed.unsplit.items()}
         for name in probed.unsplit:
             lanes.leave(name)
@@ -164,21 +159,7 @@ class Member:
         piece, job = self.task.layers[layer], self.task.context.job
         weight = read_piece(open_tensors(self._source), piece)
         levels = _merged(parts, self.task.level_count, piece.config.level_count)
-        try:
-            with threads(1):
-                if levels:
-                    quantized = calibrate_weight(
-                        weight,
-                        piece.config,
-                        levels,
-                        groups=piece.groups,
-                        transform=self._transforms.get(piece.layer),
-                        biased=piece.layer not in self._unbiased,
-                    )
-                else:
-                    quantized = quantize_weight(weight, piece.config)
-        except (ValueError, RuntimeError) as error:  # a RuntimeError is the linear algebra's
-            raise WorkError(f"Layer {piece.layer!r}: {error}") from error
+        quantized = solve_layer(piece, weight, levels, self._probed)
         record = SolvedRecord(
             layer=piece.layer,
             descriptor=self.registry.put_blob(save_solution(quantized), MEDIA_TYPE_SOLUTION),

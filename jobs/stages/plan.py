@@ -192,14 +192,13 @@ def protection_notes(plan: Plan) -> tuple[str, ...]:
     """Return a line on the layers that have more high bits than the spec says."""
     if not plan.protected:
         return ()
-    names = set(plan.protected)
-    weights = {layer.name: math.prod(layer.shape) for layer in plan.layers}
-    bits = math.fsum(weights[layer.name] * layer.bits[-1] for layer in plan.layers) / sum(weights.values())
-    chosen = [layer.name for layer in plan.layers if layer.name in names]
-    wide = max(layer.bits[-1] for layer in plan.layers if layer.name in names)
+    bits = sum(math.prod(layer.shape) * layer.bits[-1] for layer in plan.layers) / plan.weights
+    chosen = [layer for layer in plan.layers if layer.name in plan.protected]
+    wide = max(layer.bits[-1] for layer in chosen)
     return (
         f"{len(chosen)} of {len(plan.layers)} layers are small and get up to {wide} high bits: "
-        f"{shown(chosen)}; {bits:.2f} bits on average (quantize.protect: none gives plain widths).",
+        f"{shown([layer.name for layer in chosen])}; {bits:.2f} bits on average (quantize.protect: none gives plain "
+        "widths).",
     )
 
 
