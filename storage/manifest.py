@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -31,12 +31,11 @@ from pydantic import (
 from storage.document import as_record, parse_json
 from storage.errors import InvalidManifest
 from storage.layout import MODEL_NAME
+from storage.preprocessing import check_preprocessing
 
 # What a device may be asked to hold in mind before it has verified anything else.
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_BLOB_BYTES = 1 << 40
-MAX_PIXELS = 8192
-MAX_CHANNELS = 1024
 MAX_WEIGHTS = 1 << 40
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -51,7 +50,6 @@ Library = Literal["timm", "pytorchcv"]
 
 Origin = Literal["timm", "pytorchcv", "own"]
 """Where a network's architecture comes from: a library, or its publisher's own code, which no manifest holds."""
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Engine = Literal["onnx"]
 
 MEDIA_TYPE_SHARD = "application/vnd.nestquant.shard.v1+safetensors"
@@ -319,37 +317,6 @@ class Manifest(Record):
     def level_count(self) -> int:
         """Return the number of levels; 2 for one nesting."""
         return max((len(group.levels) for group in self.groups), default=1)
-
-
-def check_preprocessing(record: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for what no network's preprocessing says: a size that would take gigabytes, a key unknown.
-
-    ``size`` in pixels, one number or ``[height, width]``; ``resize`` likewise or None; ``mean`` and ``std`` by channel;
-    ``interpolation`` by name.
-    """
-    keys = {"size", "resize", "mean", "std", "interpolation"}
-    if unknown := sorted(set(record) - keys):
-        raise ValueError(f"unknown key {str(unknown[0])[:40]!r}; known are {', '.join(sorted(keys))}")
-    for key in ("size", "resize"):
-        sides = record.get(key)
-        listed = sides if isinstance(sides, list) else [sides]
-        whole = all(type(side) is int and 1 <= side <= MAX_PIXELS for side in listed) and 1 <= len(listed) <= 2
-        if not whole and not (key == "resize" and sides is None):
-            raise ValueError(f"{key!r} is {str(sides)[:40]}; expected 1 to {MAX_PIXELS} pixels, or two such numbers")
-    mean, std = record.get("mean", []), record.get("std", [])
-    for key, values in (("mean", mean), ("std", std)):
-        if not isinstance(values, list) or len(values) > MAX_CHANNELS or not all(map(_is_number, values)):
-            raise ValueError(f"{key!r} is {str(values)[:40]}; expected at most {MAX_CHANNELS} numbers, one a channel")
-    if len(mean) != len(std) or min(std, default=1) <= 0:
-        raise ValueError("'mean' and 'std' must be as long as each other, and 'std' above 0")
-    if record.get("interpolation", "bilinear") not in get_args(Interpolation):
-        raise ValueError(
-            f"'interpolation' is {str(record['interpolation'])[:40]!r}; expected {', '.join(get_args(Interpolation))}"
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value) and abs(value) <= 1e6
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

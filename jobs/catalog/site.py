@@ -50,7 +50,7 @@ class _Site:
     title: str
     address: str
     signed_anchor: str
-    made: datetime
+    time: datetime
     files: int = 0
     size_bytes: int = 0
     _counting: Lock = field(default_factory=Lock)
@@ -60,7 +60,7 @@ class _Site:
 
     def render(self, path: str, template: str, *, charts: bool, **context: Any) -> bytes:
         root = "../" * path.count("/")
-        page = render_site_page(template, root=root, charts=charts, title=self.title, made=self.made, **context)
+        page = render_site_page(template, root=root, charts=charts, title=self.title, made=self.time, **context)
         return page.encode()
 
     def write(self, path: str, data: bytes) -> None:
@@ -79,7 +79,7 @@ def build_site(
     *,
     address: str,
     title: str,
-    made: datetime,
+    time: datetime,
 ) -> Summary:
     """Write the site of a store; the destination shows it when all of it is written.
 
@@ -88,7 +88,7 @@ def build_site(
         out: where it goes.
         address: where devices read the store, for the snippets.
         title: of the index.
-        made: the time that pages say they were made at.
+        time: when pages say they were made.
 
     Raises:
         StorageError: the store, or the destination in one, is out of reach.
@@ -96,7 +96,7 @@ def build_site(
     """
     trust = read_trust(store)
     anchor = "" if trust.root is None else " --trust root.json"
-    site = _Site(store, out, trust, title, without_secrets(address), anchor, made)
+    site = _Site(store, out, trust, title, without_secrets(address), anchor, time)
     for asset in site_assets():
         out.put_asset(asset.path, asset.text.encode())
         site.count(asset.text.encode())

@@ -22,7 +22,8 @@ from jobs.spec.quantize import QuantizeSpec, Recipe
 from storage.digest import digest_bytes
 from storage.errors import BadKey
 from storage.layout import manifest_key, tag_key
-from storage.manifest import MAX_PIXELS, Engine, Interpolation, ModelName, canonical_json
+from storage.manifest import Engine, ModelName, canonical_json
+from storage.preprocessing import MAX_PIXELS, Interpolation
 from storage.stores.blob_store import check_key
 
 METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 7, "data_free": 7}
@@ -53,9 +54,9 @@ class PreprocessSpec(Section):
     def _pixels(cls, sides: Any) -> Any:
         if sides is None:
             return None
-        given = sides if isinstance(sides, list | tuple) and len(sides) == 2 else (sides,)
+        lengths = sides if isinstance(sides, list | tuple) and len(sides) == 2 else (sides,)
         try:
-            height, *rest = _PIXELS.validate_python(given)
+            height, *rest = _PIXELS.validate_python(lengths)
         except ValidationError as error:
             raise ValueError(f"expected 8 to {MAX_PIXELS} pixels, or two such numbers, [height, width]") from error
         # A square is one number, however it is written: the same job.

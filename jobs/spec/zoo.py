@@ -59,14 +59,14 @@ class ZooEntry(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_in_a_job(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return {"models": given}
-        if not isinstance(given, dict) or not {"library", "arch", "factory"} & set(given):
-            return given
-        if "models" in given:
+    def _as_in_a_job(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"models": value}
+        if not isinstance(value, dict) or not {"library", "arch", "factory"} & set(value):
+            return value
+        if "models" in value:
             raise ValueError("give 'models', or 'library' and 'arch' or 'factory' as in a job, not both")
-        entry = from_factory(given) if "factory" in given else written_out(given)
+        entry = from_factory(value) if "factory" in value else written_out(value)
         if lacking := [key for key in ("library", "arch") if not isinstance(entry.get(key), str)]:
             raise ValueError(f"names no network: {lacking[0]!r} is missing or no text; expected {FORMS}")
         rest = {key: value for key, value in entry.items() if key not in ("library", "arch")}
@@ -109,12 +109,12 @@ class ZooSpec(Section):
     def _known_recipes(self) -> Self:
         if not self.recipes and not self.matrix:
             raise ValueError("give 'recipes' ({w8-4: {bits: [8, 4]}}), 'matrix' ({bits: [[8, 4], [8, 6]]}) or both")
-        known = [recipe.name for recipe in recipes_of(self)]
-        if len(known) != len(set(known)):
-            raise ValueError(f"two recipes have one name: {', '.join(known)}")
+        names = [recipe.name for recipe in recipes_of(self)]
+        if len(names) != len(set(names)):
+            raise ValueError(f"two recipes have one name: {', '.join(names)}")
         for name in (name for entry in self.models for name in entry.recipes or ()):
-            if name not in known:
-                raise ValueError(f"no recipe {name!r}.{nearest(name, known)} There are: {', '.join(known)}")
+            if name not in names:
+                raise ValueError(f"no recipe {name!r}.{nearest(name, names)} There are: {', '.join(names)}")
         return self
 
 
@@ -147,13 +147,13 @@ def load_zoo(path: str | Path, *, changes: dict[str, Any] | None = None) -> tupl
 
 def recipes_of(spec: ZooSpec) -> list[Recipe]:
     """Return the named recipes and those of the matrix, which are named after their values: ``8-4-symmetric``."""
-    found = [Recipe(_slug(name), recipe) for name, recipe in spec.recipes.items()]
+    recipes = [Recipe(_slug(name), recipe) for name, recipe in spec.recipes.items()]
     if spec.matrix:
         for values in itertools.product(*spec.matrix.values()):
             document = dict(zip(spec.matrix, values, strict=True))
             name = "-".join(_slug(_words(value)) for value in values)
-            found.append(Recipe(name, parse_as(QuantizeSpec, document, where=f"matrix, recipe {name!r}")))
-    return found
+            recipes.append(Recipe(name, parse_as(QuantizeSpec, document, where=f"matrix, recipe {name!r}")))
+    return recipes
 
 
 def expand(spec: ZooSpec, *, folder: Path) -> list[ZooJob]:
@@ -205,10 +205,10 @@ def _models(text: str, folder: Path) -> Iterator[tuple[str, str]]:
         )
     wild = any(sign in pattern for sign in "*?[")
     bare = pattern if wild or library != "timm" else pattern.partition(".")[0]
-    found = networks.names(library, bare)
-    if not found:
+    archs = networks.names(library, bare)
+    if not archs:
         raise SpecError(f"models: {library} has no model {pattern!r}.{nearest(pattern, networks.names(library))}")
-    for arch in found if wild else [pattern]:
+    for arch in archs if wild else [pattern]:
         yield library, arch
 
 

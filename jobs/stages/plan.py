@@ -136,13 +136,13 @@ def plan_layers(
         PlanError: a pattern of the spec matches no layer, or nothing is left to quantize.
     """
     _check_patterns(recipe, [site.name for site in scan.layers])
-    kept = [FloatRecord(name=name, reason=reason) for name, reason in scan.kept_float]
+    float_layers = [FloatRecord(name=name, reason=reason) for name, reason in scan.kept_float]
     chosen: list[LayerPlan] = []
     position = {name: index for index, name in enumerate(order)}
     for site in sorted(scan.layers, key=lambda site: position.get(site.name, len(position))):
         pattern = next((pattern for pattern in recipe.ignore if fnmatchcase(site.name, pattern)), None)
         if pattern is not None:
-            kept.append(FloatRecord(name=site.name, reason=f"ignored by the spec ({pattern})"))
+            float_layers.append(FloatRecord(name=site.name, reason=f"ignored by the spec ({pattern})"))
         else:
             chosen.append(_settings(site, recipe, (high_bits or {}).get(site.name)))
     protected = _protected(chosen, recipe)
@@ -151,11 +151,11 @@ def plan_layers(
         for layer in chosen
     ]
     if not chosen:
-        if not kept:
+        if not float_layers:
             raise PlanError(f"Nothing to quantize in {title}: it has no layers of a kind that is quantized.")
         raise PlanError(
-            f"Nothing to quantize in {title}: {len(kept)} layers stay float ({shown([record.name for record in kept])}"
-            f"); the first, as {kept[0].reason}."
+            f"Nothing to quantize in {title}: {len(float_layers)} layers stay float "
+            f"({shown([record.name for record in float_layers])}); the first, as {float_layers[0].reason}."
         )
     if recipe.recipe != "paper":
         chosen = [replace(layer, solution=index) for index, layer in enumerate(chosen)]
@@ -166,7 +166,13 @@ def plan_layers(
     base = _base_tasks(sizes, shard_bytes)
     tasks = _bundle([*groups, *base], task_weights)
     return Plan(
-        layers, groups, base, tuple(kept), tasks, base_bytes=sum(sizes.values()), protected=tuple(sorted(protected))
+        layers,
+        groups,
+        base,
+        tuple(float_layers),
+        tasks,
+        base_bytes=sum(sizes.values()),
+        protected=tuple(sorted(protected)),
     )
 
 

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from nestquant.engines.errors import PhotoError
 from storage.files import open_regular
-from storage.manifest import Interpolation
+from storage.preprocessing import Interpolation
 from storage.wording import in_one_line, one_line
 
 MAX_ENLARGED_PIXELS = 2**26

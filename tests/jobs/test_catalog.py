@@ -30,7 +30,7 @@ MADE = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 def build(store: BlobStore, folder: Path) -> Summary:
     with SiteFolder(folder) as out:
-        return build_site(store, out, address="https://cdn.example/x", title="Ours", made=MADE)
+        return build_site(store, out, address="https://cdn.example/x", title="Ours", time=MADE)
 
 
 def read(store: BlobStore, name: str) -> tuple[Model, list[Version]]:
@@ -174,7 +174,7 @@ def test_a_folder_changes_at_once_and_only_where_a_catalogue_was(
 
 
 def publish(store: BlobStore) -> Summary:
-    return build_site(store, StoreSite(store), address="https://cdn.example/x", title="Ours", made=MADE)
+    return build_site(store, StoreSite(store), address="https://cdn.example/x", title="Ours", time=MADE)
 
 
 def test_a_published_site_is_left_by_gc_and_fsck_and_leaves_them_what_was_there(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_command_makes_a_site_and_says_what_it_could_not_read(tmp_path: Path
 def test_secrets_of_an_address_are_not_shown(tmp_path: Path) -> None:
     store = signed_store(tmp_path)
     with SiteFolder(tmp_path / "site") as out:
-        build_site(store, out, address="https://me:hunter2@cdn.example/x?sig=hunter2", title="Ours", made=MADE)
+        build_site(store, out, address="https://me:hunter2@cdn.example/x?sig=hunter2", title="Ours", time=MADE)
     for path in (tmp_path / "site").rglob("*"):
         assert path.is_dir() or "hunter2" not in text_of(path), path
 

@@ -39,7 +39,7 @@ PAGES = {
 
 def write_site(store: LocalStore, folder: Path) -> Path:
     with SiteFolder(folder) as out:
-        build_site(store, out, address="https://cdn.example/x", title="Ours", made=MADE)
+        build_site(store, out, address="https://cdn.example/x", title="Ours", time=MADE)
     return folder
 
 

@@ -50,7 +50,7 @@ def catalog(
             destination,
             address=address or store,
             title=title,
-            made=datetime.now(UTC),
+            time=datetime.now(UTC),
         )
     if as_json:
         print_json(asdict(summary))
