@@ -18,7 +18,7 @@ from storage.stores.uri import open_store
 from workers import runtime
 from workers.engines.export import ExportTask, RangeImages, export_version
 from workers.inputs.images import fetch_images
-from workers.measure import Measured, measure_mode
+from workers.measure import Measured, join_ranges, measure_range
 from workers.scratch import scratch
 
 
@@ -71,18 +71,18 @@ def measure_published(
         for index, (level, quantized) in enumerate(modes):
             listen(Event("progress", "evaluate", done=index, total=len(modes)))
             model.to_level(level)
-            measured.append(
-                measure_mode(
-                    model,
-                    images,
-                    model.preprocessing,
-                    mode=level_name(level, manifest.level_count()),
-                    activations=quantized,
-                    name=f"{manifest.name} version {manifest.version}",
-                    batch_size=batch_size,
-                    limit=limit,
-                )
+            whole = measure_range(
+                model,
+                images,
+                model.preprocessing,
+                activations=quantized,
+                name=f"{manifest.name} version {manifest.version}",
+                batch_size=batch_size,
+                start=0,
+                stop=min(limit or len(images), len(images)),
             )
+            mode = level_name(level, manifest.level_count())
+            measured.append(join_ranges([whole], mode=mode, level=level, activations=quantized, data=data)[0])
         listen(Event("finished", "evaluate"))
     return manifest, tuple(measured)
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from nestquant.engines.images import Preprocessing
+from storage.manifest import Record
 from workers.errors import DataError, WorkError
 from workers.forward import run_network
 from workers.inputs.images import ImageSet, none_readable
@@ -64,7 +66,32 @@ class Accuracy:
         return bool(above > DOUBT and below < DOUBT)
 
 
-@torch.inference_mode()
+class Counts(Record):
+    """Right answers over some images, and how often each class was the answer, and the label.
+
+    Counts of parts of a set add up to those of the whole: integers all, so in any order and exactly.
+    """
+
+    correct: int = 0
+    total: int = 0
+    answered: dict[int, int] = Field(default_factory=dict)
+    labelled: dict[int, int] = Field(default_factory=dict)
+
+    def __add__(self, other: Counts) -> Counts:
+        """Return the counts over both parts; they share no image."""
+        return Counts(
+            correct=self.correct + other.correct,
+            total=self.total + other.total,
+            answered=Counter(self.answered) + Counter(other.answered),
+            labelled=Counter(self.labelled) + Counter(other.labelled),
+        )
+
+    def accuracy(self, seconds: float = 0.0) -> Accuracy:
+        """Return top-1 and what chance explains of it; there is one image at least."""
+        expected = sum(count * self.labelled.get(answer, 0) for answer, count in self.answered.items()) / self.total
+        return Accuracy(self.correct, self.total, seconds, expected)
+
+
 def top1(
     network: nn.Module,
     images: ImageSet,
@@ -90,11 +117,49 @@ def top1(
         DataError: the images carry no labels, a label is not among the network's classes, or no image could be read.
         WorkError: the network cannot run on them, gives something else than logits, or logits that are not finite.
     """
-    images.require_labels()
     begin = time.perf_counter()
+    counts = count_answers(
+        network, images, preprocessing, batch_size=batch_size, stop=limit, name=name, on_batch=on_batch
+    )
+    if counts.total == 0:
+        raise DataError(none_readable(images.uri, images.skipped))
+    return counts.accuracy(time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def count_answers(
+    network: nn.Module,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    name: str = "The network",
+    on_batch: Callable[[int], None] | None = None,
+) -> Counts:
+    """Count answers over the images ``start:stop``; an image that cannot be used is in ``images.skipped`` instead.
+
+    Where ``start`` is a multiple of ``batch_size`` the batches are those of a run over the whole set.
+
+    Args:
+        network: from (B, C, H, W) to logits (B, classes).
+        images: with labels.
+        preprocessing: how they become its inputs.
+        batch_size: images in one forward pass.
+        start: the first image.
+        stop: the first image that does not count (default: the set's end).
+        name: what messages call the network.
+        on_batch: hears how many images were done.
+
+    Raises:
+        DataError: the images carry no labels, or a label is not among the network's classes.
+        WorkError: the network cannot run on them, gives something else than logits, or logits that are not finite.
+    """
+    images.require_labels()
     correct = total = 0
     answered, labelled = Counter[int](), Counter[int]()
-    for inputs, labels in images.batches(preprocessing, batch_size=batch_size, stop=limit):
+    for inputs, labels in images.batches(preprocessing, batch_size=batch_size, start=start, stop=stop):
         logits = _logits(network, inputs, name)
         if int(labels.max()) >= logits.shape[1]:
             raise DataError(beyond_classes(images, int(labels.max()), logits.shape[1]))
@@ -105,10 +170,7 @@ def top1(
         labelled.update(labels.tolist())
         if on_batch is not None:
             on_batch(total)
-    if total == 0:
-        raise DataError(none_readable(images.uri, images.skipped))
-    expected = sum(count * labelled[answer] for answer, count in answered.items()) / total
-    return Accuracy(correct, total, time.perf_counter() - begin, expected)
+    return Counts(correct=correct, total=total, answered=answered, labelled=labelled)
 
 
 def beyond_classes(images: ImageSet, label: int, classes: int) -> str:
@@ -120,12 +182,18 @@ def beyond_classes(images: ImageSet, label: int, classes: int) -> str:
     )
 
 
-def chance_fault(accuracy: Accuracy, images: ImageSet) -> str:
-    """Return what to say of a float network that answers by chance (`Accuracy.is_chance`)."""
+def chance_fault(accuracy: Accuracy, *, where: str, reading: str) -> str:
+    """Return what to say of a float network that answers by chance (`Accuracy.is_chance`).
+
+    Args:
+        accuracy: what it reaches.
+        where: what the user calls the image set.
+        reading: how its labels were read (`Labelling.reading`).
+    """
     return (
-        f"{images.uri}: the float network is right on {accuracy.correct} of {accuracy.total} images, and chance alone "
+        f"{where}: the float network is right on {accuracy.correct} of {accuracy.total} images, and chance alone "
         f"gives {accuracy.expected:.1f}. Either the labels are not in the order of its classes "
-        f"({images.labelling.reading or 'no reading known'}), or it was trained with another preprocessing "
+        f"({reading or 'no reading known'}), or it was trained with another preprocessing "
         "(preprocess.size, mean, std), or its classifier is not trained. If this is meant, say evaluate.accept_chance: "
         "true."
     )

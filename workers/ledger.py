@@ -5,6 +5,7 @@
     jobs/<hex>/mixed.json                         the bits that were chosen from those
     jobs/<hex>/synthetic/<name>                   images made without any, and the network fitted to them
     jobs/<hex>/solved/<index>.json                a layer solved with images
+    jobs/<hex>/measured/<series>/<mode>-<start>-<stop>.json   right answers of one mode over a range of images
 
 All keys are made here, all records are canonical JSON.
 """
@@ -55,6 +56,10 @@ class Ledger:
     def solved_key(self, index: int) -> str:
         """Return where a solved layer's record stands."""
         return f"{job_prefix(self.job)}solved/{index:06d}.json"
+
+    def measured_key(self, series: str, mode: str, start: int, stop: int) -> str:
+        """Return where the counts of one mode over images ``start:stop`` stand; ``series`` is what they rest on."""
+        return f"{job_prefix(self.job)}measured/{series}/{mode}-{start:08d}-{stop:08d}.json"
 
     def find(self, key: str, kind: type[R] | TypeAdapter[R], *, then: str = "run the job again") -> R | None:
         """Return the record under ``key``, or None where no run has made it.

@@ -15,10 +15,19 @@ from jobs.result import MixedRecord, PullSummary
 from jobs.spec.job import CalibrationSpec, JobSpec
 from jobs.stages.plan import Plan
 from jobs.stages.weights import StagedModel
-from storage.manifest import ActivationRange, CalibrationRecord, Descriptor, EngineRecord, Manifest
+from storage.digest import digest_bytes
+from storage.manifest import (
+    ActivationRange,
+    CalibrationRecord,
+    Descriptor,
+    EngineRecord,
+    Manifest,
+    canonical_json,
+)
 from storage.registry import Published, Registry
 from workers.errors import Need
 from workers.executor import Executor
+from workers.inputs.images import ImageSet
 from workers.measure import Measured
 from workers.sensitivity import SensitivityRecord
 from workers.solutions import SolvedRecord
@@ -44,6 +53,21 @@ class ActivationRanges:
     ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
     record: CalibrationRecord | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationImages:
+    """The images that a version is judged by: how many, the digest of them and of their labels, how those were read."""
+
+    count: int
+    digest: str
+    reading: str
+
+    @classmethod
+    def of(cls, images: ImageSet) -> EvaluationImages:
+        """Look at a labelled set, all of which counts."""
+        document = {"images": images.digest(), "labels": list(images.require_labels())}
+        return cls(len(images), digest_bytes(canonical_json(document)), images.labelling.reading)
 
 
 @dataclass(frozen=True)
@@ -79,9 +103,9 @@ class PulledVersion:
 class Job:
     """A job whose inputs are checked and whose plan is made, and what the stages have added since.
 
-    ``digest`` names the job's ledger; ``image_bytes`` is what the largest image set keeps in memory; ``needs`` are the
-    memory of each stage's largest task; ``class_names`` go into ``labels``; ``fault`` is
-    what falls short of the gate; ``notes`` are lines for people.
+    ``digest`` names the job's ledger; ``image_bytes`` is what the largest image set keeps in memory; ``judged`` are the
+    images of ``evaluate``; ``needs`` are the memory of each stage's largest task; ``class_names`` go into ``labels``;
+    ``fault`` is what falls short of the gate; ``notes`` are lines for people.
     """
 
     spec: JobSpec
@@ -92,6 +116,7 @@ class Job:
     observation: Observation
     image_bytes: int
     digest: str
+    judged: EvaluationImages | None = None
     needs: Mapping[str, Need] = field(default_factory=dict)
     sensitivities: tuple[SensitivityRecord, ...] = ()
     mixed: MixedRecord | None = None

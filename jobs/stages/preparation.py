@@ -10,7 +10,7 @@ from jobs.errors import PlanError
 from jobs.events import StageClock
 from jobs.spec.job import JobSpec
 from jobs.stages.code import stage_code
-from jobs.stages.job import Job, Observation
+from jobs.stages.job import EvaluationImages, Job, Observation
 from jobs.stages.labels import class_names
 from jobs.stages.memory import task_needs, trial_need
 from jobs.stages.plan import Plan, make_plan, protection_notes
@@ -61,6 +61,7 @@ def prepare(spec: JobSpec, executor: Executor, folder: Path, clock: StageClock) 
         plan=plan,
         observation=Observation(staged.network, spec.calibration, images.digest),
         image_bytes=images.resident_bytes,
+        judged=images.judged,
         notes=(*_chosen_recipe(spec), *images.notes),
         class_names=names,
         digest=spec.identity(
@@ -103,12 +104,13 @@ def _chosen_recipe(spec: JobSpec) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Images:
-    """What is known of the spec's image sets, by section: the calibration set's digest, what the largest set keeps in
-    memory, and what people should know of how they were read.
+    """What is known of the spec's image sets, by section: the calibration set's digest, the images to be judged by,
+    what the largest set keeps in memory, and what people should know of how they were read.
     """
 
     sets: Mapping[str, ImageSet]
     digest: str | None
+    judged: EvaluationImages | None
     resident_bytes: int
     notes: tuple[str, ...]
 
@@ -120,11 +122,13 @@ class _Images:
 
 def _check_images(spec: JobSpec, folder: Path) -> _Images:
     """Open every image set named in the spec, so that a wrong path or label costs no work."""
-    sets, digest, resident_bytes, notes = dict[str, ImageSet](), None, 0, list[str]()
+    sets, digest, judged, resident_bytes, notes = dict[str, ImageSet](), None, None, 0, list[str]()
     if spec.evaluate is not None:
         sets["evaluate"] = judging = fetch_images(spec.evaluate.data, folder)
         judging.require_classes(spec.evaluate.limit)
-        judging.take(range(len(judging))[: spec.evaluate.limit]).check()
+        counting = judging.take(range(len(judging))[: spec.evaluate.limit])
+        counting.check()
+        judged = EvaluationImages.of(counting)
         resident_bytes = judging.resident_bytes
         notes += [f"evaluate.data: {note}" for note in (judging.labelling.reading, judging.labelling.left_out) if note]
     if spec.calibration is not None:
@@ -133,7 +137,7 @@ def _check_images(spec: JobSpec, folder: Path) -> _Images:
         digest = images.digest(min(spec.calibration.samples, len(images)))
         resident_bytes = max(resident_bytes, images.resident_bytes)
         notes += [f"calibration.data: {note}" for note in (images.labelling.left_out,) if note]
-    return _Images(sets, digest, resident_bytes, tuple(notes))
+    return _Images(sets, digest, judged, resident_bytes, tuple(notes))
 
 
 def _check_channels(spec: JobSpec, staged: StagedModel) -> None:

@@ -33,6 +33,7 @@ from storage.stores.uri import open_store
 from tests.benchmarks.accuracy_report import write_markdown
 from workers import runtime
 from workers.executor import Executor, InProcessExecutor
+from workers.inputs.images import open_images
 from workers.measure import MeasureTask, measure
 from workers.on_ray.executor import RayExecutor, RaySettings
 from workers.tasks import NetworkRef, TensorSource
@@ -129,9 +130,9 @@ class Known:
             version=1,
             cache=None if cache is None else str(cache),
             data=str(DATA / "images" / self.images),
-            limit=self.limit,
+            start=0,
+            stop=self.limit or len(open_images(DATA / "images" / self.images)),
             batch_size=5 if self.preprocess["size"] > 32 else 50,  # what stays in cache
-            refuse_chance=True,
         )
 
 
@@ -283,7 +284,9 @@ def _measure(known: Known, tasks: Sequence[tuple[Row | None, str, MeasureTask]],
     for index, measured in executor.map(measure, [task for _, _, task in tasks]):
         row, mode, _ = tasks[index]
         assert not measured.skipped, measured.skipped
-        count = Count(correct=measured.correct, total=measured.total, seconds=round(measured.seconds, 1))
+        accuracy = measured.counts.accuracy()
+        assert row is not None or not accuracy.is_chance, f"{known.title}: the float network answers by chance"
+        count = Count(correct=accuracy.correct, total=accuracy.total, seconds=round(measured.seconds, 1))
         print(f"{known.title} {'' if row is None else row.recipe} {'' if row is None else row.label} {mode} {count}")
         with FileLock(RESULTS.with_suffix(".lock")):
             results = _load()

@@ -1,13 +1,15 @@
-"""Gates: what falls short is named with its key; what is just allowed passes."""
+"""Ranges of images, and gates: what falls short is named with its key; what is just allowed passes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.spec.job import EvaluateSpec
-from jobs.stages.evaluation import gate_fault
+from jobs.stages.evaluation import gate_fault, image_ranges
 from workers.measure import Measured
 
 
@@ -53,3 +55,17 @@ def test_with_quantized_activations_theirs_is_the_accuracy_that_counts() -> None
         "part-bit top-1 lies 5.00 points below float, evaluate.max_part_drop allows 4.99"
     )
     assert gate_fault(EvaluateSpec(data="images", max_drop=0), modes) is None
+
+
+@given(count=st.integers(1, 60_000), side=st.integers(1, 2000), batch_size=st.integers(1, 5000))
+def test_ranges_are_whole_batches_and_hold_every_image_once(count: int, side: int, batch_size: int) -> None:
+    ranges = image_ranges(count, pixels=side * side, batch_size=batch_size)
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == count
+    assert all(start < stop and start % batch_size == 0 for start, stop in ranges)
+
+
+def test_a_range_is_as_long_as_its_images_are_small() -> None:
+    assert len(image_ranges(50_000, pixels=224 * 224, batch_size=50)) == 200
+    assert image_ranges(10_000, pixels=32 * 32, batch_size=256)[0] == (0, 2048)
+    assert image_ranges(100, pixels=2000 * 2000, batch_size=30)[:2] == [(0, 30), (30, 60)]

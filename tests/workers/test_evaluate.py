@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 
 from nestquant.engines.images import Preprocessing
 from workers.errors import DataError, WorkError
-from workers.evaluate import Accuracy, chance_fault, top1
+from workers.evaluate import Accuracy, Counts, chance_fault, count_answers, top1
 from workers.inputs.images import ImageSet, open_images
 
 PLAIN = Preprocessing(size=8, resize=None, mean=(0.0,), std=(1 / 255,))
@@ -93,7 +98,7 @@ def test_a_network_of_use_is_hardly_ever_refused_and_one_by_chance_hardly_ever_p
 
 def test_what_to_look_at_is_said(tmp_path: Path) -> None:
     images = grey(tmp_path, [0] * 40, [0, 1] * 20)
-    assert chance_fault(Accuracy(4, 40, expected=4.0), images) == (
+    assert chance_fault(Accuracy(4, 40, expected=4.0), where=images.uri, reading=images.labelling.reading) == (
         f"{tmp_path}/set.npz: the float network is right on 4 of 40 images, and chance alone gives 4.0. Either the "
         "labels are not in the order of its classes (2 classes by the array 'y', 0 to 1), or it was trained with "
         "another preprocessing (preprocess.size, mean, std), or its classifier is not trained. If this is meant, say "
@@ -136,3 +141,46 @@ def test_what_is_no_answer_ends_in_one_line_that_names_the_network(
     images = grey(tmp_path, [0, 1], [0, 1])
     with pytest.raises(WorkError, match=seen):
         top1(Answering(answer), images, PLAIN, name="timm net (float)")
+
+
+@pytest.fixture(scope="module")
+def some_broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-nine grey images of five classes; every seventh is none."""
+    folder = tmp_path_factory.mktemp("some_broken")
+    rows = ["file,label"]
+    for index in range(29):
+        path = folder / f"{index:02d}.png"
+        Image.fromarray(np.full((8, 8, 3), index * 3 % 5, np.uint8)).save(path)
+        if index % 7 == 3:
+            path.write_bytes(b"no image")
+        rows.append(f"{path.name},{index * index % 5}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    return folder
+
+
+@given(batch_size=st.integers(1, 31), edges=st.sets(st.integers(1, 30)), order=st.randoms(use_true_random=False))
+def test_the_counts_of_any_ranges_in_any_order_add_up_to_those_of_the_whole_set(
+    some_broken: Path, batch_size: int, edges: set[int], order: Any
+) -> None:
+    """Ranges of whole batches, odd ones, and ranges of which no image can be used."""
+    images = open_images(some_broken)
+    whole = count_answers(one_hot(5), images, PLAIN, batch_size=batch_size)
+    skipped = list(images.skipped)
+    assert (whole.total, len(skipped)) == (25, 4)
+    images.skipped.clear()
+    cuts = [0, *sorted(edge * batch_size for edge in edges if edge * batch_size < 29), 29]
+    ranges = list(itertools.pairwise(cuts))
+    order.shuffle(ranges)
+    parts = [
+        count_answers(one_hot(5), images, PLAIN, batch_size=batch_size, start=start, stop=stop)
+        for start, stop in ranges
+    ]
+    kept = [Counts.model_validate_json(part.model_dump_json()) for part in parts]  # as the ledger keeps them
+    assert sum(kept, Counts()) == whole
+    assert sorted(images.skipped) == skipped
+    answers, labels = Counter[int](), Counter[int]()
+    for index in range(29):
+        if index % 7 != 3:
+            answers[index * 3 % 5] += 1
+            labels[index * index % 5] += 1
+    assert (whole.answered, whole.labelled) == (answers, labels)
