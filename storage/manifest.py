@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -37,6 +38,8 @@ from storage.preprocessing import check_preprocessing
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_BLOB_BYTES = 1 << 40
 MAX_WEIGHTS = 1 << 40
+MAX_DELTAS_A_BLOB = 8
+MAX_DELTA_STEPS = 3
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 ModelName = Annotated[str, StringConstraints(pattern=f"^{MODEL_NAME}$")]
@@ -55,6 +58,7 @@ Engine = Literal["onnx"]
 MEDIA_TYPE_SHARD = "application/vnd.nestquant.shard.v1+safetensors"
 MEDIA_TYPE_BASE = "application/vnd.nestquant.base.v1+safetensors"
 MEDIA_TYPE_ONNX_GRAPH = "application/vnd.nestquant.engine-graph.v1+onnx"
+MEDIA_TYPE_DELTA = "application/vnd.nestquant.delta.v1+zstd"
 MEDIA_TYPE_LABELS = "application/vnd.nestquant.labels.v1+text"
 MEDIA_TYPE_LAYOUT = "application/vnd.nestquant.engine-layout.v1+safetensors"
 
@@ -73,11 +77,47 @@ class Descriptor(Record):
     media_type: str = Field(max_length=128)
 
 
+class CanonicalForm(Record):
+    """Digest and length of a shard's canonical form (`storage.shard.canonical_form`): no compressor has a say in it."""
+
+    digest: Digest
+    size_bytes: int = Field(ge=0, le=MAX_BLOB_BYTES)
+
+
 class ShardDescriptor(Descriptor):
-    """A shard of one level. ``decoded_bytes`` is the sum of its integer payloads once decoded, one byte a weight."""
+    """A shard of one level. ``decoded_bytes`` is the sum of its integer payloads once decoded, one byte a weight.
+
+    ``canonical``: what a delta's result is verified against; None where no delta makes the shard.
+    """
 
     codec: Codec
     decoded_bytes: int = Field(ge=0, le=MAX_WEIGHTS)
+    canonical: CanonicalForm | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_new(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        document: dict[str, Any] = serialize(self)
+        if self.canonical is None:
+            del document["canonical"]
+        return document
+
+
+class DeltaRecord(Record):
+    """How the blob with the digest ``of`` is made from the one with the digest ``source`` (``from`` in the document).
+
+    ``descriptor`` is what travels (`storage.delta`). ``of`` is a blob of this version, or of an earlier one, from which
+    another delta leads on.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    of: Digest
+    source: Digest = Field(alias="from")
+    descriptor: Descriptor
+
+    @model_serializer(mode="plain")
+    def _document(self) -> dict[str, Any]:
+        return {"of": self.of, "from": self.source, "descriptor": self.descriptor.model_dump(mode="json")}
 
 
 class ShardGroup(Record):
@@ -213,12 +253,12 @@ class Manifest(Record):
     """Everything a version consists of.
 
     ``version`` is part of the signed bytes, so that a manifest cannot be served under another number.
-    ``schema_version`` says what a reader has to know: 3 where there are ``labels`` (`storage.class_labels`), else 2
-    where there are ``engines``, else 1. What is not there is left out: such a manifest has the bytes that it always
-    had.
+    ``schema_version`` says what a reader has to know: 4 where there are ``deltas``, else 3 where there are ``labels``
+    (`storage.class_labels`), else 2 where there are ``engines``, else 1. What is not there is left out: such a manifest
+    has the bytes that it always had.
     """
 
-    schema_version: Literal[1, 2, 3] = 1
+    schema_version: Literal[1, 2, 3, 4] = 1
     name: ModelName
     version: int = Field(ge=1)
     model: ModelRecord
@@ -235,6 +275,7 @@ class Manifest(Record):
     job: Digest | None = None
     engines: tuple[EngineRecord, ...] = ()
     labels: Descriptor | None = None
+    deltas: tuple[DeltaRecord, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_what_is_new(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -243,6 +284,8 @@ class Manifest(Record):
             del document["engines"]
         if self.labels is None:
             del document["labels"]
+        if not self.deltas:
+            del document["deltas"]
         return document
 
     @field_validator("preprocessing")
@@ -261,8 +304,10 @@ class Manifest(Record):
         if self.schema_version != self.least_schema:
             raise ValueError(
                 f"schema_version is {self.schema_version} with {len(self.engines)} engines, "
-                f"{'no labels' if self.labels is None else 'labels'}; expected {self.least_schema}"
+                f"{'no labels' if self.labels is None else 'labels'}"
+                f"{f', {len(self.deltas)} deltas' if self.deltas else ''}; expected {self.least_schema}"
             )
+        self._check_deltas()
         # A layer may have fewer levels than its group: then the group's further shards do not hold it.
         weights = [[0] * len(group.levels) for group in self.groups]
         for layer in self.layers:
@@ -285,15 +330,52 @@ class Manifest(Record):
                     )
         return self
 
+    def _check_deltas(self) -> None:
+        if (twice := first_repeated(f"{delta.of} from {delta.source}" for delta in self.deltas)) is not None:
+            raise ValueError(f"the delta of {twice} stands twice")
+        counts = Counter(delta.of for delta in self.deltas)
+        for group in self.groups:
+            for shard in group.levels:
+                if (shard.canonical is None) is (shard.digest in counts):
+                    fault = (
+                        "deltas and no canonical form" if shard.canonical is None else "a canonical form and no delta"
+                    )
+                    raise ValueError(f"shard {shard.digest} has {fault}")
+        if any(delta.of == delta.source for delta in self.deltas):
+            raise ValueError("a delta leads from a blob to itself")
+        if max(counts.values(), default=0) > MAX_DELTAS_A_BLOB:
+            digest, count = counts.most_common(1)[0]
+            raise ValueError(f"{count} deltas of {digest}, at most {MAX_DELTAS_A_BLOB} allowed")
+
     @property
-    def least_schema(self) -> Literal[1, 2, 3]:
-        """Return the schema that a version with these engines and labels has."""
+    def least_schema(self) -> Literal[1, 2, 3, 4]:
+        """Return the schema that a version with these deltas, engines and labels has."""
+        if self.deltas:
+            return 4
         return 3 if self.labels is not None else 2 if self.engines else 1
 
     def with_additions(self, *, engines: tuple[EngineRecord, ...], labels: Descriptor | None) -> Manifest:
         """Return the manifest with these in the place of its own, under the schema that has them."""
         changed = self.model_copy(update={"engines": engines, "labels": labels})
         return changed.model_copy(update={"schema_version": changed.least_schema})
+
+    def with_deltas(self, deltas: tuple[DeltaRecord, ...], canonical: Mapping[str, CanonicalForm]) -> Manifest:
+        """Return the manifest with these deltas in the place of its own; ``canonical`` by the digest of a shard."""
+        groups = tuple(
+            ShardGroup(
+                levels=tuple(
+                    shard.model_copy(update={"canonical": canonical.get(shard.digest)}) for shard in group.levels
+                )
+            )
+            for group in self.groups
+        )
+        changed = self.model_copy(update={"deltas": deltas, "groups": groups})
+        return changed.model_copy(update={"schema_version": changed.least_schema})
+
+    def named_blobs(self) -> tuple[Descriptor, ...]:
+        """Return every blob that the version names: those that it needs (`descriptors`), then its deltas."""
+        blobs = (*self.descriptors(), *(delta.descriptor for delta in self.deltas))
+        return tuple({blob.digest: blob for blob in blobs}.values())
 
     def descriptors(self) -> tuple[Descriptor, ...]:
         """Return every blob that this version needs, each digest once: `shared_blobs`, then shards level by level."""

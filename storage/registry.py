@@ -171,7 +171,7 @@ class Registry:
                 "use another store, or say --single-writer if nobody else publishes to it"
             )
         draft = draft.model_copy(update={"single_writer": not safe})
-        self.check_blobs(draft.descriptors())
+        self.check_blobs(draft.named_blobs())
         newest = self.newest_version(draft.name)
         if newest and (same := self._same_content(draft, newest)):
             return same

@@ -122,7 +122,7 @@ def _named_blobs(store: BlobStore) -> tuple[set[str], int]:
     for name in registry.models():
         for resolved in _resolved(registry, name):
             versions += 1
-            named.update(layout.blob_key(blob.digest) for blob in resolved.manifest.descriptors())
+            named.update(layout.blob_key(blob.digest) for blob in resolved.manifest.named_blobs())
     return named, versions
 
 
@@ -174,7 +174,7 @@ def fsck(store: BlobStore, name: str | None = None) -> FsckReport:
                 problems.append(_problem(f"{model} version {version}", error))
                 continue
             versions += 1
-            for blob in manifest.descriptors():
+            for blob in manifest.named_blobs():
                 blobs.setdefault(blob.digest, (blob, f"{model} version {version}"))
         problems.extend(_tag_problems(registry, model))
     read_bytes = 0

@@ -42,17 +42,28 @@ def save_tensors(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str,
 
     The format wants no alignment but the header's (8 bytes, padded with spaces).
     """
+    arrays = {key: little_endian(key, tensor) for key, tensor in tensors.items()}
+    # The shapes of the tensors themselves: numpy makes one of no dimension contiguous by giving it one.
+    described = {key: (DTYPE_NAMES[array.dtype], tensors[key].shape) for key, array in arrays.items()}
+    return b"".join([tensor_header(described, metadata), *(array.tobytes() for array in arrays.values())])
+
+
+def tensor_header(described: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a file: its header's length and its header.
+
+    Args:
+        described: of each tensor, in the order of the file, the name of its dtype and its shape.
+        metadata: as in `save_tensors`.
+    """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset, chunks = 0, []
-    for key, tensor in tensors.items():
-        little = little_endian(key, tensor)
-        name = DTYPE_NAMES[little.dtype]
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [offset, offset + little.nbytes]}
-        chunks.append(little.tobytes())
-        offset += little.nbytes
+    offset = 0
+    for key, (dtype, shape) in described.items():
+        stop = offset + math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
+    return len(text).to_bytes(8, "little") + text
 
 
 def little_endian(key: str, tensor: npt.NDArray[Any]) -> npt.NDArray[Any]:

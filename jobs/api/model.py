@@ -141,7 +141,8 @@ class NestedModel(nn.Module):
         registry = Registry(open_store(store))
         for blob in self.manifest.descriptors():
             registry.put_blob(self._model.blobs.read(blob), blob.media_type)
-        draft = Manifest.model_validate({**self.manifest.model_dump(), "name": name})
+        # Its deltas start from versions of the store that it came from.
+        draft = Manifest.model_validate({**self.manifest.with_deltas((), {}).model_dump(), "name": name})
         published = registry.publish(draft)
         for tag in tags:
             registry.tag_forward(name, tag, published.version)

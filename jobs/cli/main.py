@@ -21,6 +21,7 @@ from jobs.cli.commands import (
     analyze,
     catalog,
     cluster,
+    delta,
     device,
     export,
     jobs,
@@ -77,6 +78,7 @@ app = typer.Typer(
 jobs.register(app)
 analyze.register(app)
 export.register(app)
+delta.register(app)
 device.register(app)
 run_command.register(app)
 store.register(app)

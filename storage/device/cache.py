@@ -50,6 +50,7 @@ from storage.manifest import (
     Manifest,
     ModelName,
     Record,
+    ShardDescriptor,
     canonical_json,
     parse_manifest,
 )
@@ -95,6 +96,13 @@ def blobs_of(manifest: Manifest, level: int) -> list[Descriptor]:
     for k in range(min(level + 1, manifest.level_count())):
         blobs += [group.levels[k] for group in manifest.groups if k < len(group.levels)]
     return list({descriptor.digest: descriptor for descriptor in blobs}.values())
+
+
+def forms_of(blob: Descriptor) -> tuple[Descriptor, ...]:
+    """Return the forms in which a cache may hold a blob: as it is, and a shard in its canonical form, too."""
+    if not isinstance(blob, ShardDescriptor) or blob.canonical is None:
+        return (blob,)
+    return blob, Descriptor(**blob.canonical.model_dump(), media_type=blob.media_type)
 
 
 class Cache:
@@ -145,6 +153,17 @@ class Cache:
 
     def holds(self, descriptor: Descriptor) -> bool:
         """Tell whether the blob is there in its full length (its SHA-256 was checked before it got its name)."""
+        return self.form(descriptor) is not None
+
+    def form(self, descriptor: Descriptor) -> Descriptor | None:
+        """Return the form in which a blob is there in its full length, None where it is not."""
+        return next((form for form in forms_of(descriptor) if self._holds_file(form)), None)
+
+    def path_of(self, descriptor: Descriptor) -> Path:
+        """Return the file of a blob in the form that is there, or where it will stand."""
+        return self.blob_path((self.form(descriptor) or descriptor).digest)
+
+    def _holds_file(self, descriptor: Descriptor) -> bool:
         try:
             status = self.blob_path(descriptor.digest).stat(
                 follow_symlinks=False

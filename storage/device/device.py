@@ -155,7 +155,7 @@ class Device:
                     reason = self._drop_damaged(blob)
             if reason is not None:
                 damaged.append(reason)
-            tell.blob(self._cache.blob_path(blob.digest), (0, 0), (index, len(blobs)))
+            tell.blob(self._cache.path_of(blob), (0, 0), (index, len(blobs)))
         size_bytes = sum(blob.size_bytes for blob in blobs)
         current, previous = versions[0], versions[1] if len(versions) > 1 else None
         back = None if previous is None else previous.version
@@ -205,7 +205,7 @@ class Device:
         """Return the file of a blob; raise ``NotInstalled`` when it is not here in its full length."""
         if not self._cache.holds(blob):
             raise NotInstalled(f"{blob.digest} is not in {self.root}; pull or upgrade the model first")
-        return self._cache.blob_path(blob.digest)
+        return self._cache.path_of(blob)
 
     def _resolve(self, name: str, ref: str) -> Release:
         if self.unsigned:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from storage.device.cache import Cache, Installed, State, blobs_of
+from storage.device.arrival import Arrival, bring
+from storage.device.cache import Cache, Installed, State, blobs_of, forms_of
 from storage.device.errors import CacheError, DeviceError, NoSpace
 from storage.device.fetch import Fetcher, Traffic
 from storage.device.pace import Pace
@@ -16,7 +18,8 @@ from storage.device.retry import Retry
 from storage.device.soundness import drop, fault
 from storage.device.source import Source
 from storage.device.sweep import named, sweep
-from storage.layout import blob_key
+from storage.device.ways import Plan, plan_ways
+from storage.errors import StorageError
 from storage.manifest import Descriptor
 
 
@@ -45,8 +48,9 @@ class Installation:
             return moved(name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=freed_bytes)
         self.cache.write_state(state.model_copy(update={"pending": target, "failed": None}))
         try:
-            self._check_space(missing)
-            traffic = self._fetch(blobs)
+            plans = plan_ways(self.cache, manifest, self._earlier(state), missing)
+            self._check_space(missing, plans)
+            arrivals, traffic = self._fetch(blobs, plans)
         except DeviceError as error:
             with contextlib.suppress(CacheError):  # the disk may be full; why it failed is told all the same
                 self.cache.write_state(state.model_copy(update={"pending": target, "failed": str(error)}))
@@ -68,19 +72,33 @@ class Installation:
             freed_bytes=freed_bytes,
             retries=traffic.retries,
             damaged=damaged,
+            deltas=sum(arrival.by_delta for arrival in arrivals),
+            spared_bytes=sum(arrival.spared_bytes for arrival in arrivals),
+            ways=tuple(arrival.line for arrival in arrivals),
         )
+
+    def _earlier(self, state: State) -> dict[str, Descriptor]:
+        """Return the blobs of the versions that are here, by digest: what deltas may start from."""
+        blobs: dict[str, Descriptor] = {}
+        for version in state.installed():
+            with contextlib.suppress(StorageError):  # one that cannot be read is no start, and stops nothing
+                blobs |= {blob.digest: blob for blob in self.cache.manifest(state.name, version).descriptors()}
+        return blobs
 
     def _drop_damaged(self, blobs: list[Descriptor]) -> tuple[str, ...]:
         """Hash every blob that is here, for it is about to be relied upon, and delete those that rotted."""
         damaged = []
         for blob in blobs:
-            if self.cache.blob_path(blob.digest).exists() and (reason := fault(self.cache, blob)) is not None:
+            if (
+                any(self.cache.blob_path(form.digest).exists() for form in forms_of(blob))
+                and (reason := fault(self.cache, blob)) is not None
+            ):
                 self.tell.warning(f"damaged here, brought anew: {reason}")
                 drop(self.cache, blob)
                 damaged.append(reason)
         return tuple(damaged)
 
-    def _fetch(self, blobs: list[Descriptor]) -> Traffic:
+    def _fetch(self, blobs: list[Descriptor], plans: Mapping[str, Plan]) -> tuple[list[Arrival], Traffic]:
         total, progress_bytes, index = _sum(blobs), 0, 0
 
         def on_bytes(here: int) -> None:
@@ -90,16 +108,19 @@ class Installation:
             self.tell.retry(why, wait_s, (progress_bytes, total), (index, len(blobs)))
 
         fetcher = Fetcher(need_source(self.source), self.cache, self.retry, self.pace, on_bytes, on_retry)
+        arrivals = []
         for index, blob in enumerate(blobs):
             if not self.cache.holds(blob):
-                fetcher.fetch(blob_key(blob.digest), blob)
+                arrivals.append(bring(fetcher, plans[blob.digest], self.tell.warning))
             progress_bytes += blob.size_bytes
-            self.tell.blob(self.cache.blob_path(blob.digest), (progress_bytes, total), (index, len(blobs)))
-        return fetcher.traffic
+            self.tell.blob(self.cache.path_of(blob), (progress_bytes, total), (index, len(blobs)))
+        return arrivals, fetcher.traffic
 
-    def _check_space(self, missing: list[Descriptor]) -> None:
+    def _check_space(self, missing: list[Descriptor], plans: Mapping[str, Plan]) -> None:
         staged = sum(path.stat().st_size for blob in missing if (path := self.cache.part_path(blob.digest)).exists())
-        free, need = shutil.disk_usage(self.cache.root).free, _sum(missing) - staged
+        # Deltas go as soon as they are applied: of theirs, the most that lies here at once counts.
+        deltas = max((_sum([step.descriptor for step in plan.steps]) for plan in plans.values()), default=0)
+        free, need = shutil.disk_usage(self.cache.root).free, _sum(missing) - staged + deltas
         if need > free:
             raise NoSpace(
                 f"{need} bytes to come, {free} free in {self.cache.root}; "
@@ -107,9 +128,13 @@ class Installation:
             )
 
 
-def moved(name: str, version: Installed, *, damaged: tuple[str, ...] = (), **figures: int) -> Moved:
+def moved(
+    name: str, version: Installed, *, damaged: tuple[str, ...] = (), ways: tuple[str, ...] = (), **figures: int
+) -> Moved:
     """Return the outcome of an operation that left ``version`` in use."""
-    return Moved(name, version.version, version.digest, version.level, version.signed, **figures, damaged=damaged)
+    return Moved(
+        name, version.version, version.digest, version.level, version.signed, **figures, damaged=damaged, ways=ways
+    )
 
 
 def need_source(source: Source | None) -> Source:

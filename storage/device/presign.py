@@ -46,7 +46,7 @@ class Presigner:
 def keys_of(manifest: Manifest, *, tags: Iterable[str] = ("latest",)) -> list[str]:
     """Return every key that a device reads to pull and upgrade a version by the store's word."""
     documents = [manifest_key(manifest.name, manifest.version), *(tag_key(manifest.name, tag) for tag in tags)]
-    return documents + [blob_key(blob.digest) for blob in manifest.descriptors()]
+    return documents + [blob_key(blob.digest) for blob in manifest.named_blobs()]
 
 
 def trust_keys_of(name: str, *, edition: int, root_version: int) -> list[str]:

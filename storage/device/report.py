@@ -68,7 +68,9 @@ class Moved:
 
     ``received_bytes`` came from the source, ``wasted_bytes`` of them or of what was staged were thrown away,
     ``resumed_bytes`` were found staged, ``saved_bytes`` were whole in the cache before, ``freed_bytes`` were deleted.
-    ``damaged``: a line for each blob that was here, was not right, and came anew.
+    ``damaged``: a line for each blob that was here, was not right, and came anew. ``deltas``: blobs that were made from
+    earlier ones, and ``spared_bytes`` what that saved against moving them whole; ``ways``: a line for each blob that
+    came, which says how and why.
     """
 
     name: str
@@ -85,6 +87,9 @@ class Moved:
     freed_bytes: int = 0
     retries: int = 0
     damaged: tuple[str, ...] = ()
+    deltas: int = 0
+    spared_bytes: int = 0
+    ways: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

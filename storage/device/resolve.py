@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from storage.device.cache import forms_of
 from storage.device.errors import DeviceError, SourceDenied, SourceNotFound
 from storage.device.source import Documents
 from storage.digest import digest_bytes
@@ -59,7 +60,9 @@ def parse_release(raw: bytes, name: str, version: int, *, signed: bool) -> Relea
     check_not_deleted(raw, name, version)
     manifest = parse_manifest(raw, name=name, version=version)
     sizes: dict[str, int] = {}
-    for blob in (*manifest.shared_blobs(), *(shard for group in manifest.groups for shard in group.levels)):
+    shards = [shard for group in manifest.groups for shard in group.levels]
+    forms = [form for blob in (*manifest.shared_blobs(), *shards) for form in forms_of(blob)]
+    for blob in (*forms, *(delta.descriptor for delta in manifest.deltas)):
         if sizes.setdefault(blob.digest, blob.size_bytes) != blob.size_bytes:
             both = f"{sizes[blob.digest]} and {blob.size_bytes} bytes"
             raise InvalidManifest(f"manifest of {name} version {version}: {blob.digest} is said to have {both}")

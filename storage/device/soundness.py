@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 
-from storage.device.cache import Cache, Installed, blobs_of
+from storage.device.cache import Cache, Installed, blobs_of, forms_of
 from storage.device.errors import NotInstalled
 from storage.device.files import disk_errors, is_file
 from storage.errors import StorageError
@@ -17,6 +17,7 @@ _BLOCK_BYTES = 1 << 20
 
 def fault(cache: Cache, blob: Descriptor) -> str | None:
     """Hash a blob from its first byte to its last; return what is wrong with it in one line, None where it is right."""
+    blob = cache.form(blob) or blob
     path = cache.blob_path(blob.digest)
     if not is_file(path):
         return f"{blob.digest}: {'no file under its name' if os.path.lexists(path) else 'missing'}"
@@ -36,10 +37,11 @@ def fault(cache: Cache, blob: Descriptor) -> str | None:
 
 def drop(cache: Cache, blob: Descriptor) -> None:
     """Delete a blob that is not right, so that it is brought anew; for the holder of the lock."""
-    path = cache.blob_path(blob.digest)
-    with disk_errors(str(path)):
-        if is_file(path):
-            path.unlink()
+    for form in forms_of(blob):
+        path = cache.blob_path(form.digest)
+        with disk_errors(str(path)):
+            if is_file(path):
+                path.unlink()
 
 
 def inventory(cache: Cache, name: str) -> tuple[list[Installed], list[Descriptor], list[str]]:

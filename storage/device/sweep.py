@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.device.cache import Cache, State, blobs_of
+from storage.device.cache import Cache, State, blobs_of, forms_of
 from storage.device.errors import CacheError, NoSpace
 from storage.device.files import disk_errors
 from storage.device.ownership import Kind, walk
@@ -43,7 +43,10 @@ class _Needs:
                 what = f"{state.name} version {version.version}"
                 self.doubts.append(f"what {what} needs is unknown, so nothing that may be its own goes: {error}")
             else:
-                self.blobs |= {digest_hex(blob.digest) for blob in blobs_of(manifest, version.level)}
+                blobs = [form for blob in blobs_of(manifest, version.level) for form in forms_of(blob)]
+                if version == state.pending:  # deltas count as long as what they make is under way
+                    blobs += [delta.descriptor for delta in manifest.deltas]
+                self.blobs |= {digest_hex(blob.digest) for blob in blobs}
 
 
 def sweep(

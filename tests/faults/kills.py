@@ -32,6 +32,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "pull": (),
     "upgrade": ("pull",),
     "update": ("pull", "upgrade"),
+    "update, by delta": ("pull", "upgrade"),
     "downgrade": ("pull", "upgrade"),
     "rollback": ("pull", "upgrade", "update"),
     "remove": ("pull", "upgrade"),

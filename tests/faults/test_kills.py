@@ -21,7 +21,10 @@ from storage.stores.local import LocalStore
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
 from tests.faults.kills import OPERATIONS
+from tests.storage.device import updates
 from tests.storage.device.artifacts import publish
+
+BY_DELTA = "update, by delta"
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def run_kills(
     folder: Path, operation: str, stride_bytes: int, shard_bytes: int = 700, store: Path | None = None
 ) -> dict[str, int]:
     published = LocalStore(store or folder / "store")
-    for version in (1, 2):
+    for version in (1, 2) if operation != BY_DELTA else ():
         publish(published, version=version, groups=2, shard_bytes=shard_bytes, base_bytes=shard_bytes, fresh=[0])
     argv = [
         sys.executable,
@@ -65,12 +68,23 @@ def test_killed_while_a_full_disk_is_freed(tmp_path: Path, small_disk: Path, ope
     assert figures["events"] >= 10
 
 
-@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation not in FULL])
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation not in (*FULL, BY_DELTA)])
 def test_killed_at_enumerated_points(memory_folder: Path, operation: str) -> None:
     figures = run_kills(memory_folder, operation, stride_bytes=97)
     assert figures["kills"] == figures["points"] - (1 if figures["bytes"] == 0 else 0)
     assert figures["events"] >= 5
     assert (figures["bytes"] > 0) == (operation in {"pull", "upgrade", "update"})
+
+
+def test_killed_at_200_points_of_an_update_by_delta(memory_folder: Path) -> None:
+    """Among them each operation on a file; the update moves less than a tenth of the shards."""
+    store = LocalStore(memory_folder / "store")
+    updates.publish(store, 0)
+    manifest = updates.publish(store, 1, sources=(1,))
+    figures = run_kills(memory_folder, BY_DELTA, stride_bytes=9, store=store.root)
+    assert figures["kills"] == figures["points"] >= 200
+    assert figures["bytes"] == sum(delta.descriptor.size_bytes for delta in manifest.deltas)
+    assert figures["bytes"] < sum(blob.size_bytes for blob in manifest.descriptors()) / 10
 
 
 @pytest.mark.slow

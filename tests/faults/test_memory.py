@@ -16,6 +16,7 @@ from storage.stores.local import LocalStore
 from tests.conftest import ROOT
 from tests.faults.conftest import Origin
 from tests.servers.s3_server import S3Server
+from tests.storage.device import updates
 from tests.storage.device.artifacts import publish
 
 SHARD_BYTES = 4 << 20
@@ -50,6 +51,43 @@ def test_peak_memory(origin: Origin, tmp_path: Path, groups: int) -> None:
     assert received == sum(blob.size_bytes for blob in manifest.descriptors())
     assert (signed, whole, loaded) == (True, True, [])
     assert peak < (64 << 20) + 2 * SHARD_BYTES
+
+
+UPDATED = """
+import json, re, sys, time
+sys.modules.update(boto3=None, botocore=None)
+from pathlib import Path
+from storage.device import Device, StoreSource
+from storage.stores.local import LocalStore
+root = Path(sys.argv[3]).read_bytes()
+device = Device(Path(sys.argv[1]), StoreSource(LocalStore(Path(sys.argv[2]))), root_of_trust=root)
+start = time.monotonic()
+moved = device.pull("net", sys.argv[4])
+took_s = time.monotonic() - start
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([moved.received_bytes, moved.deltas, moved.signed, peak, took_s]))
+"""
+
+
+def test_an_update_by_delta_takes_its_shard_once_decoded_on_top(tmp_path: Path) -> None:
+    """Of 4 MiB packed, 8 MiB decoded; numpy and zstandard are loaded, which a pull of whole shards does without."""
+    key, store = CryptoSigner.generate_ed25519(), LocalStore(tmp_path / "store")
+    anchor = create_root(store, [key], publishers=[key.public_key], online=[key.public_key])
+    (tmp_path / "root.json").write_bytes(anchor)
+    weights = 2 * SHARD_BYTES
+    for step in (0, 1):
+        manifest = updates.publish(store, step, sources=(step,) if step else (), rows=weights // 144, groups=1)
+        sign(store, "net", [key], versions=[step + 1])
+    for version in (1, 2):
+        places = [str(tmp_path / name) for name in ("cache", "store", "root.json")]
+        argv = [sys.executable, "-c", UPDATED, *places, str(version)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        received, deltas, signed, peak, took_s = json.loads(done.stdout)
+        print(f"version {version}: {received} bytes in {took_s:.2f} s, peak {peak / 2**20:.1f} MiB")
+        assert (signed, deltas) == (True, 2 * (version - 1))
+    assert received < manifest.groups[0].levels[0].size_bytes / 15
+    assert peak < (72 << 20) + 2 * SHARD_BYTES + weights
 
 
 BUNDLED = """

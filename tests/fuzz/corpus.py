@@ -244,7 +244,7 @@ def manifests() -> dict[str, Hostile]:
         "NaN": Hostile(raw.replace(b'"bits":[8,4]', b'"bits":NaN'), "not canonical JSON"),
         "a list": Hostile(b"[]", "not canonical JSON"),
         "an unknown key": Hostile(change("zzz", 1), "field zzz: Extra inputs"),
-        "another schema": Hostile(change("schema_version", 4), "field schema_version"),
+        "another schema": Hostile(change("schema_version", 5), "field schema_version"),
         "a schema without what it is for": Hostile(
             change("schema_version", 2), "schema_version is 2 with 0 engines, no labels; expected 1"
         ),

@@ -175,6 +175,7 @@ def test_readme(walk: Walk, tmp_path: Path) -> None:
     [
         ("rollouts.md", "resnet18", "resnet18"),
         ("offline.md", "resnet18", "full-bit"),
+        ("updates.md", "resnet18", "nothing published"),
         ("hub.md", "resnet18", "resnet18"),
         ("registries.md", "resnet18", "resnet18 version 3 runs full-bit"),
         ("catalogue.md", "resnet18", "site"),

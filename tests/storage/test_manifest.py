@@ -63,7 +63,8 @@ def test_no_nan_gets_in() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema_version", 4, "field schema_version"),
+        ("schema_version", 5, "field schema_version"),
+        ("schema_version", 4, "schema_version is 4 with 0 engines, no labels; expected 1"),
         ("schema_version", 3, "schema_version is 3 with 0 engines, no labels; expected 1"),
         ("schema_version", 2, "schema_version is 2 with 0 engines, no labels; expected 1"),
         ("surprise", 1, "field surprise: Extra inputs"),

@@ -39,6 +39,7 @@ ReplaceSigned = Annotated[
 Trust = Annotated[
     Path | None, typer.Option("--trust", help="The publisher's root of trust (root.json); the folder remembers it.")
 ]
+Explain = Annotated[bool, typer.Option("--explain", help="Say of each shard that came which way it came, and why.")]
 Rate = Annotated[int | None, typer.Option("--max-rate", min=1, help="Bytes a second, at most.")]
 
 DeviceId = Annotated[
@@ -83,11 +84,13 @@ def pull(
     device_id: DeviceId = None,
     cohort: Cohorts = None,
     max_rate: Rate = None,
+    explain: Explain = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a version's base and high shards, one by one; the model then runs part-bit.
 
-    Goes on where an earlier pull stopped. Shards that are here already are hashed; damaged ones come anew.
+    Goes on where an earlier pull stopped. Shards that are here already are hashed; damaged ones come anew. Where the
+    version has deltas ('nestquant delta') from what is here, they come in the place of shards if they are shorter.
     """
     name, ref = _named_in(bundle, cache, model)
     opened = _open_source(source, bundle)
@@ -102,7 +105,7 @@ def pull(
         max_rate=max_rate,
         quiet=as_json,
     )
-    _report(device, device.pull(name, ref, level=level), as_json=as_json)
+    _report(device, device.pull(name, ref, level=level), explain=explain, as_json=as_json)
 
 
 def upgrade(
@@ -113,6 +116,7 @@ def upgrade(
     cache: Cache = DEFAULT_CACHE,
     level: Level = None,
     max_rate: Rate = None,
+    explain: Explain = False,
     as_json: Json = False,
 ) -> None:
     """Fetch the low shards of the version in use; the model then runs full-bit.
@@ -121,7 +125,7 @@ def upgrade(
     """
     # The manifest was trusted when it was pulled, and every shard is checked against it: nothing new is trusted here.
     device = _device(cache, _open_source(source, bundle), max_rate=max_rate, quiet=as_json)
-    _report(device, device.upgrade(name, level), as_json=as_json)
+    _report(device, device.upgrade(name, level), explain=explain, as_json=as_json)
 
 
 def downgrade(
@@ -302,10 +306,12 @@ class _Progress:
             self.progress.stop()
 
 
-def _report(device: Device, moved: Moved, *, as_json: bool) -> None:
+def _report(device: Device, moved: Moved, *, explain: bool = False, as_json: bool) -> None:
     if as_json:
         print_json(asdict(moved))
         return
+    for line in moved.ways if explain else ():
+        typer.echo(line)
     count = device.manifest(moved.name).level_count()
     mode = mode_of(moved.level, count)
     parts = [f"{moved.blobs_moved} blobs, {size(moved.received_bytes)} received"]
@@ -315,6 +321,8 @@ def _report(device: Device, moved: Moved, *, as_json: bool) -> None:
         ("freed", moved.freed_bytes),
     ]
     parts += [f"{size(count)} {word}" for word, count in figures if count]
+    if moved.deltas:
+        parts.append(f"{moved.deltas} by delta, which spared {size(moved.spared_bytes)}")
     if moved.damaged:
         parts.append(f"{len(moved.damaged)} that were damaged here came anew")
     if moved.retries:
