@@ -1,9 +1,9 @@
-"""Costs of the cluster: ``python -m tests.benchmarks.bench_cluster [tasks] [jobs] [workers] [requests]``, or all.
-
+"""Costs of the cluster: ``python -m tests.benchmarks.bench_cluster [SECTION ...]``, all of them by default.
 
 ``tasks``: seconds and driver CPU of an empty task. ``jobs``: seconds and driver CPU of a whole small job, in one
-process and on Ray. ``workers``: one job on 1 and on 2 workers. ``requests``: what a job asks of an S3 server (moto's),
-by stage, operation and kind of key. How time and memory grow with the model: ``tests.benchmarks.bench_scale``.
+process and on Ray. ``workers``: one job on 1 and on 2 workers. ``evaluate``: the measurements of one job on real
+images, a task a mode and a task a range of images. ``requests``: what a job asks of an S3 server (moto's), by stage,
+operation and kind of key. How time and memory grow with the model: ``tests.benchmarks.bench_scale``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jobs.driver import run_job
 from jobs.events import Event
 from jobs.result import JobResult
 from jobs.spec.file import parse_spec
+from jobs.stages import evaluation
 from storage.stores.blob_store import BlobStore
 from storage.stores.uri import open_store
 from tests.servers.requests import Requests, counted
@@ -44,7 +45,13 @@ BURST = 16  # tasks that find out how many workers there are, and import torch i
 
 def main(wanted: list[str]) -> None:
     """Print the figures that are asked for."""
-    sections: dict[str, Callable[[], None]] = {"tasks": tasks, "jobs": jobs, "workers": workers, "requests": requests}
+    sections: dict[str, Callable[[], None]] = {
+        "tasks": tasks,
+        "jobs": jobs,
+        "workers": workers,
+        "evaluate": evaluate,
+        "requests": requests,
+    }
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     os.environ.setdefault("RAY_worker_niceness", "0")  # as the driver, on a machine that others use too
     for name in wanted or sections:
@@ -110,6 +117,36 @@ def workers() -> None:
             )
             digests.add(result.digest)
         assert len(digests) == 1
+
+
+def evaluate() -> None:
+    """The stage ``evaluate`` of one job, float and two levels, on the first 1,000 of the test data's real images."""
+    data = Path(os.environ["NESTQUANT_TEST_DATA"])
+    document = {
+        "name": "bench",
+        "model": {
+            "library": "pytorchcv",
+            "arch": "fdmobilenet_wd2",
+            "checkpoint": str(data / "weights" / "fdmobilenet_wd2.safetensors"),
+        },
+        "quantize": {"recipe": "paper"},
+        "evaluate": {"data": str(data / "images" / "imagenet_val_1300.tar"), "limit": 1000},
+    }
+    own = evaluation.RANGE_PIXELS
+    for count in (1, 2):
+        with tempfile.TemporaryDirectory() as folder, RayExecutor(RaySettings(num_cpus=count)) as executor:
+            _warm(executor)
+            for name, pixels in (("a task a mode", 1 << 40), ("a task a range", own)):
+                evaluation.RANGE_PIXELS = pixels
+                spec = parse_spec({**document, "store": {"uri": f"{folder}/{name}"}}, where="bench")
+                result = run_job(spec, executor)
+                wall, work = result.seconds["evaluate"], sum(mode.seconds for mode in result.measured)
+                print(
+                    f"  {count} workers, {name}: {wall:.1f} s, images alone {work:.1f} s of workers, busy "
+                    f"{work / wall / count:.0%}, right answers {[mode.correct for mode in result.measured]}",
+                    flush=True,
+                )
+    evaluation.RANGE_PIXELS = own
 
 
 def requests() -> None:
