@@ -2,8 +2,8 @@
 
 One zstd frame (RFC 8878) of the differences, modulo 256, of two canonical forms of equal length, byte by byte. Of a
 shard that is `storage.shard.canonical_form`, so each integer that a new training left alone is a zero; of any other
-blob it is the blob itself. ``patch_from`` of zstd finds matches where a difference finds zeros, and is several times
-longer on integers that change here and there (docs/updates.md).
+blob it is the blob itself. ``patch_from`` of zstd on the same bytes finds matches where a difference finds zeros, and
+is longer (docs/updates.md).
 """
 
 from __future__ import annotations
