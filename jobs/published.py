@@ -14,7 +14,7 @@ from storage.class_labels import build_labels
 from storage.device import Device, StoreSource
 from storage.manifest import MEDIA_TYPE_LABELS, Engine, EngineRecord, Manifest, level_name
 from storage.registry import Published, Registry, Resolved
-from storage.stores.uri import open_store
+from storage.stores.uri import open_existing_store
 from workers import runtime
 from workers.engines.export import ExportTask, RangeImages, export_version
 from workers.inputs.images import fetch_images
@@ -56,7 +56,7 @@ def measure_published(
                 listen(Event("note", "evaluate", message=note))
         if cache is None:
             assert store is not None
-            device = Device(folder / "cache", StoreSource(open_store(store)), unsigned=True)
+            device = Device(folder / "cache", StoreSource(open_existing_store(store)), unsigned=True)
             device.pull(name, ref)
             device.upgrade(name)
         else:

@@ -22,6 +22,7 @@ from jobs.cli.main import app
 from jobs.spec.file import parse_as
 from jobs.spec.job import JobSpec
 from jobs.spec.zoo import ZooSpec
+from tests import tiny
 from tests.conftest import ROOT
 from tests.site import outside_requests
 
@@ -61,13 +62,17 @@ def test_the_tutorial_works_block_by_block(
 
 def test_the_page_on_models_in_memory_works_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    files = str(tiny.write_checkpoint(tmp_path / "w.safetensors")), str(tiny.write_images(tmp_path / "x.npz"))
+    job = tiny.job_document(checkpoint=files[0], images=files[1], store=str(tmp_path / "jobs"))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     names: dict[str, Any] = {"__name__": "python_page"}
     ran = 0
     for language, _, text in blocks(ROOT / "docs" / "python.md"):
         if language == "python":
             exec(compile(text, "python.md", "exec"), names)
             ran += 1
-    assert ran == 5
+    assert ran == 6
+    assert (names["result"].name, names["result"].version) == ("tiny", 1)
     assert 0 < names["full_bit"] < names["part_bit"] < 1
     with names["torch"].inference_mode():
         answers = [names[name](names["images"]) for name in ("nested", "loaded", "device")]

@@ -17,7 +17,7 @@ from nestquant.surgery import find_layers
 from storage.device import Device, open_source
 from storage.manifest import Descriptor, Library, Manifest
 from storage.registry import Registry
-from storage.stores.uri import open_store
+from storage.stores.uri import open_existing_store
 from workers import runtime
 from workers.errors import ArtifactError, shown
 
@@ -53,7 +53,7 @@ def load(
     if name is None:
         manifest, blobs = open_bundle(Path(where))
         return NestedModel(_filled(manifest, blobs, model, level, residency))
-    registry = Registry(open_store(str(where)))
+    registry = Registry(open_existing_store(str(where)))
     version = registry.resolve(name, ref)
     return NestedModel(_filled(version.manifest, StoreBlobs(registry), model, level, residency))
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from storage.device.files import disk_errors
 from storage.device.http import HttpClient, HttpSource, PresignedSource, UrlIndex
 from storage.device.source import Documents, Source, StoreSource
-from storage.stores.uri import open_store
+from storage.stores.uri import open_existing_store
 
 _MAX_INDEX_BYTES = 64 << 20
 
 
 def open_source(uri: str | Path, *, client: HttpClient | None = None) -> Source:
-    """Return the source that ``uri`` names; nothing is contacted yet. Raises ``BadStoreURI``.
+    """Return the source that ``uri`` names; nothing is contacted yet, but a folder must be there.
+
+    Raises ``BadStoreURI``.
 
     An ``s3://`` store is read through presigned URLs made on the spot, so that all networks take one path; boto3 (extra
     ``s3``) is imported for it alone.
@@ -27,7 +29,7 @@ def open_source(uri: str | Path, *, client: HttpClient | None = None) -> Source:
         return OciSource(Place.parse(text), client)
     if text.startswith("presigned:"):
         return PresignedSource(UrlIndex(lambda: _read_index(text.removeprefix("presigned:"), client)), client)
-    store = open_store(uri)
+    store = open_existing_store(uri)
     if text.startswith("s3://"):
         from storage.device.presign import Presigner
         from storage.stores.s3 import S3Store

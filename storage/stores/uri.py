@@ -77,7 +77,10 @@ def open_existing_store(uri: str | Path) -> BlobStore:
     """
     store = open_store(uri)
     if isinstance(store, LocalStore) and not store.root.is_dir():
-        raise BadStoreURI(f"store {str(uri)!r}: no such folder ({store.root}); 'nestquant quantize' makes a store")
+        raise BadStoreURI(
+            f"store {str(uri)!r}: no such folder ({store.root}); give the folder that a job wrote, or run "
+            "'nestquant quantize' first"
+        )
     return store
 
 

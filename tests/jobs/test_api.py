@@ -90,14 +90,31 @@ def test_importing_a_package_costs_neither_torch_nor_pydantic(package: str) -> N
     assert ran.stdout.strip() == "[]"
 
 
+def test_help_of_every_command_imports_neither_pydantic_nor_asyncio() -> None:
+    program = """
+import sys, typer
+from jobs.cli.main import app
+def walk(command, context, *names):
+    print(' '.join(names), len(command.get_help(context)))
+    for name, child in getattr(command, 'commands', {}).items():
+        walk(child, child.make_context(name, [], parent=context, resilient_parsing=True), *names, name)
+command = typer.main.get_group(app)
+walk(command, command.make_context('nestquant', [], resilient_parsing=True), 'nestquant')
+print(sorted({'torch', 'ray', 'pydantic', 'asyncio', 'numpy', 'rich', 'yaml', 'boto3'} & set(sys.modules)))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *commands, modules = ran.stdout.splitlines()
+    assert len(commands) > 40
+    assert modules == "[]"
+
+
 @pytest.mark.parametrize("words", [["--help"], ["pull", "--help"]], ids=" ".join)
 def test_help_imports_neither_torch_nor_ray_nor_the_manifest(words: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "jobs.cli.main", *words]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     modules = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
     assert "typer" in modules
-    ours = modules if words == ["--help"] else modules - {"pydantic"}  # typer takes it to read a command's options
-    assert not ours & {"torch", "ray", "pydantic", "numpy", "rich", "yaml"}
+    assert not modules & {"torch", "ray", "pydantic", "numpy", "rich", "yaml"}
     assert "storage.manifest" not in modules
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import tiny
 from tests.jobs.conftest import InitSigning, Run
 
 Document = Callable[..., dict[str, Any]]
@@ -74,6 +75,49 @@ def test_dry_run_writes_nothing_and_lists_everything(nestquant: Run, spec: Path,
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["pull", "tiny", "--allow-unsigned"],
+        ["upgrade", "tiny"],
+        ["ls"],
+        ["inspect", "tiny"],
+        ["analyze", "tiny"],
+        ["export", "tiny", "--engine", "onnx"],
+        ["bundle", "tiny", "-o", "x.tar"],
+        ["catalog", "--out", "site"],
+        ["jobs", "ls"],
+        ["jobs", "status", "3f9a2c"],
+        ["keys", "show"],
+        ["keys", "renew", "--root-key", "root.pem"],
+        ["gc"],
+        ["fsck"],
+    ],
+    ids=" ".join,
+)
+def test_a_store_folder_that_is_not_there_is_named_and_nothing_is_made(
+    nestquant: Run, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = nestquant(*words, "--store", "stoer")
+    assert (code, out) == (2, "")
+    assert err.startswith("nestquant: ")
+    assert len(err.splitlines()) == 1
+    assert f"no such folder ({tmp_path / 'stoer'})" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_leaves_no_store_behind(nestquant: Run, tmp_path: Path) -> None:
+    files = str(tiny.write_checkpoint(tmp_path / "w.safetensors")), str(tiny.write_images(tmp_path / "x.npz"))
+    document = tiny.job_document(checkpoint=files[0], images=files[1], store=str(tmp_path / "folder" / "store"))
+    spec = tmp_path / "job.yaml"
+    spec.write_text(yaml.safe_dump(document))
+    code, out, _ = nestquant("quantize", spec, "--dry-run")
+    assert code == 0
+    assert "conv" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml", "w.safetensors", "x.npz"]
+
+
+@pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["quantize", "nowhere.yaml"], 2, "nestquant: No spec at nowhere.yaml: there is no such file."),
@@ -88,7 +132,8 @@ def test_dry_run_writes_nothing_and_lists_everything(nestquant: Run, spec: Path,
         ),
         (["ls", "--store", "s3://bucket?endpoint=http://x"], 2, "endpoint_url"),
         (["ls", "--store", "s3://key:secret@bucket"], 2, "no credentials in a URI"),
-        (["upgrade", "tiny", "--store", "/nowhere/store", "--cache", "no-cache"], 1, "tiny is not in"),
+        (["upgrade", "tiny", "--store", "memory://x", "--cache", "no-cache"], 1, "tiny is not in"),
+        (["upgrade", "tiny", "--store", "/nowhere/store", "--cache", "no-cache"], 2, "no such folder (/nowhere/store)"),
         (["evaluate", "tiny", "--data", "x.tar"], 2, "give one of --store and --cache"),
         (["sign", "tiny", "--key", "no.pem", "--store", "memory://x"], 1, "key no.pem: No such file or directory"),
     ],

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -31,7 +32,7 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.jobs.conftest import InitSigning, Run
 from tests.servers.s3_server import S3Server
-from tests.test_docs import command_lines
+from tests.test_docs import blocks, command_lines
 from workers.executor import InProcessExecutor
 
 NOT_RUN = {
@@ -180,10 +181,36 @@ def test_readme(walk: Walk, tmp_path: Path) -> None:
         ("registries.md", "resnet18", "resnet18 version 3 runs full-bit"),
         ("catalogue.md", "resnet18", "site"),
         ("engines.md", "mobilenet", "mobilenet version 1 runs part-bit"),
+        ("index.md", "mobilenet", "mobilenet version 1 runs full-bit"),
     ],
 )
 def test_a_page(walk: Walk, page: str, name: str, last: str) -> None:
     assert last in walk(page, name)
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 2), ("docs/index.md", 1), ("docs/engines.md", 1)])
+def test_the_python_blocks_of_a_page_run(
+    page: str, count: int, place: Callable[[str], str], nestquant: Run, tmp_path: Path
+) -> None:
+    """In a folder with a device's cache that holds every level; network and images are the reader's own."""
+    uri = place("mobilenet")
+    assert nestquant("pull", "mobilenet@1", "--store", uri, "--allow-unsigned")[0] == 0
+    assert nestquant("upgrade", "mobilenet", "--store", uri)[0] == 0
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(7200, 10)
+    )
+    ran = 0
+    for language, _, text in blocks(ROOT / page):
+        if language == "python":
+            names: dict[str, Any] = {"model": model.eval(), "images": torch.randn(8, 3, 32, 32)}
+            exec(compile(text, page, "exec"), names)
+            if "nested" in names:
+                assert (names["nested"].level, (tmp_path / "model.nq").is_file()) == (0 if "index" in page else 1, True)
+            else:
+                assert names["logits"].shape[-1] == 10
+            ran += 1
+    assert ran == count
 
 
 def test_what_is_not_run_stands_on_its_page() -> None:

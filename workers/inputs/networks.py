@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def build(
     check_arguments(arguments)
     place = torch.device("meta") if meta else contextlib.nullcontext()
     try:
-        with place, bounded(arch, most_values):
+        with place, bounded(arch, most_values), _quiet_hub():
             if library == LIBRARY:
                 model = own.build(arch, arguments)
             elif library == "timm":
@@ -79,8 +80,22 @@ def build(
         request = "its pretrained weights" if pretrained else f"arguments {arguments}"
         hint = " Without a network, give model.checkpoint instead of model.pretrained." if pretrained else ""
         builder = "the factory" if library == LIBRARY else library
-        raise ModelError(f"{builder} could not build {arch!r} with {request}: {one_line(error)}.{hint}") from error
+        raise ModelError(
+            f"{builder} could not build {arch!r} with {request}: {one_line(error).rstrip('.')}.{hint}"
+        ) from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's lines about its retries to itself: what became of them is said once, in the error."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def names(library: str, pattern: str = "*") -> list[str]:

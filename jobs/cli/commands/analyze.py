@@ -57,9 +57,9 @@ def analyze(
         if store is None:
             raise typer.BadParameter("give --store for a version, or a spec that ends in .yaml or .json.")
         from storage.registry import Registry
-        from storage.stores.uri import open_store
+        from storage.stores.uri import open_existing_store
 
-        analysis = analyze_version(Registry(open_store(store)), *split_ref(what))
+        analysis = analyze_version(Registry(open_existing_store(store)), *split_ref(what))
     if as_json:
         print_json(analysis.model_dump(mode="json"))
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,9 +88,9 @@ def ls(*, store: Store, address: Reached = None, as_json: Json = False) -> None:
     """List the submitted jobs."""
     from jobs.cluster.record import JobRecord, requests
     from jobs.cluster.submit import job_state
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    opened, cluster = open_store(store), _cluster(address)
+    opened, cluster = open_existing_store(store), _cluster(address)
     rows = []
     for request in requests(opened):
         record = JobRecord(opened, request)
@@ -123,6 +122,8 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
 ) -> None:
     """Print the log of a job's newest attempt: from the cluster while it is there, else from the store."""
+    import asyncio
+
     from jobs.cluster.client import Cluster
 
     record = _record(store, job)
@@ -211,9 +212,9 @@ def result(job: Job, *, store: Store, as_json: Json = False) -> None:
 
 def _record(store: str, job: str) -> JobRecord:
     from jobs.cluster.record import find_job
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    return find_job(open_store(store), job)
+    return find_job(open_existing_store(store), job)
 
 
 def _cluster(address: str | None) -> Cluster | None:

@@ -48,7 +48,7 @@ def quantize(
         typer.Option("--local", help="Work in this process, without Ray; the artifact is the same, byte for byte."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; publish nothing.")
     ] = False,
     single_writer: Annotated[
         bool, typer.Option("--single-writer", help="Nobody else publishes to this store, which has no put-if-absent.")

@@ -87,10 +87,10 @@ def add(
     """Let one more key sign."""
     from storage.signing.keys import load_public_key
     from storage.signing.root import add_key
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
     public = load_public_key(key)
-    add_key(open_store(store), role, public, load_keys(root_key))
+    add_key(open_existing_store(store), role, public, load_keys(root_key))
     typer.echo(f"Key {public.keyid[:12]} signs as {role} now.")
 
 
@@ -118,9 +118,9 @@ def revoke(
 def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None) -> None:
     from storage.signing.keys import load_public_key
     from storage.signing.root import newest_root, revoke_key
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    store = open_store(uri)
+    store = open_existing_store(uri)
     matches = [full for full in newest_root(store).signed.keys if full.startswith(keyid)]
     full = matches[0] if len(matches) == 1 else keyid
     new = None if replacement is None else load_public_key(replacement)
@@ -132,9 +132,9 @@ def _retire(uri: str, keyid: str, root_key: list[str], replacement: Path | None)
 def renew(*, store: Store, root_key: RootKeys) -> None:
     """Let the root of trust live another year, with the same keys; also after it has ended."""
     from storage.signing.root import newest_root, renew_root
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    target = open_store(store)
+    target = open_existing_store(store)
     renew_root(target, load_keys(root_key))
     root = newest_root(target).signed
     typer.echo(f"root version {root.version}, valid until {root.expires:%Y-%m-%d}; devices follow by themselves.")
@@ -144,9 +144,9 @@ def show(*, store: Store, as_json: Json = False) -> None:
     """Show which keys may sign what, and until when."""
     from storage.signing.expiry import warnings_of
     from storage.signing.root import ROLES, newest_root
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    root = newest_root(open_store(store)).signed
+    root = newest_root(open_existing_store(store)).signed
     due = warnings_of({"root": root.expires})
     roles = {role: sorted(root.roles[names[0]].keyids) for role, names in ROLES.items()}
     if as_json:
@@ -181,9 +181,9 @@ def sign(
 ) -> None:
     """Vouch for versions and tags, so that devices with the root of trust believe them."""
     from storage.signing import metadata as signing
-    from storage.stores.uri import open_store
+    from storage.stores.uri import open_existing_store
 
-    keys, target = load_keys(key), open_store(store)
+    keys, target = load_keys(key), open_existing_store(store)
     if refresh:
         signed = signing.refresh(target, name, keys)
     else:

@@ -102,10 +102,10 @@ def report(
         if not results.exists():
             raise SpecError(f"No {results}: expected a run's folder of tables, or the zoo's spec.")
         from jobs.spec.zoo import load_zoo
-        from storage.stores.uri import open_store
+        from storage.stores.uri import open_existing_store
 
         zoo, _ = load_zoo(results)
-        title, rows = zoo.name, ZooLedger(open_store(zoo.store.uri), zoo.name).read_rows()
+        title, rows = zoo.name, ZooLedger(open_existing_store(zoo.store.uri), zoo.name).read_rows()
     html.write_text(render(title, rows), encoding="utf-8")
     if as_json:
         print_json({"html": str(html), "rows": len(rows)})
