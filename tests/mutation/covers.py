@@ -100,6 +100,11 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _modules(files: Iterable[str]) -> list[Path]:
+    """Return the modules among measured files: templates are measured, too, under the names that Jinja gives them."""
+    return [path for path in map(Path, files) if path.suffix == ".py"]
+
+
 def _functions(path: Path) -> Iterator[tuple[str, range]]:
     """Yield functions and methods as mutmut names them, with their lines."""
     tree = ast.parse(path.read_text())
@@ -158,7 +163,7 @@ class Recorder:
             measured.stop()
         data = measured.get_data()
         functions: dict[str, dict[str, list[int]]] = {item.nodeid: {} for item in items}
-        modules = [Path(path) for path in data.measured_files()]
+        modules = _modules(data.measured_files())
         for path in modules:
             contexts = data.contexts_by_lineno(str(path))
             for function, lines in _functions(path):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mutmut", reason="mutants are made by the extra 'mutation': make mutation")
 
+from tests.mutation.covers import _modules
 from tests.mutation.equal import ROOT
 from tests.mutation.mutants import files, mutants, sample
 
@@ -32,6 +34,10 @@ def test_a_sample_is_the_same_twice_and_has_each_modules_share() -> None:
     everything, chosen = (Counter(mutant.module for mutant in group) for group in (population, first))
     assert all(abs(chosen[name] - 60 * count / len(population)) < 1 for name, count in everything.items())
     assert len({mutant.name for mutant in sample(population, 10**9, 1)}) == len(population)
+
+
+def test_templates_that_were_measured_are_no_modules() -> None:
+    assert _modules(["/a/jobs/x.py", "/a/jobs/pages/x.html"]) == [Path("/a/jobs/x.py")]
 
 
 def _run(script: str) -> str:
