@@ -12,6 +12,7 @@ from jobs.result import JobResult, WorkSummary, layer_qualities, stored_bits_per
 from jobs.spec.job import JobSpec
 from jobs.stages import (
     calibration,
+    equalization,
     evaluation,
     export,
     publishing,
@@ -31,6 +32,7 @@ STAGES: tuple[Stage, ...] = (
     export.check,
     sensitivity.run,
     synthesis.run,
+    equalization.run,
     calibration.run,
     reconstruction.run,
     quantization.run,

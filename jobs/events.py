@@ -15,6 +15,7 @@ Stage = Literal[
     "trace",
     "sensitivity",
     "synthesize",
+    "equalize",
     "calibrate",
     "reconstruct",
     "quantize",

@@ -53,6 +53,10 @@ class Ledger:
         """Return where something synthetic stands."""
         return f"{job_prefix(self.job)}synthetic/{name}"
 
+    def equalized_key(self, name: str) -> str:
+        """Return where the equalized network, or what is known of it, stands."""
+        return f"{job_prefix(self.job)}equalized/{name}"
+
     def solved_key(self, index: int) -> str:
         """Return where a solved layer's record stands."""
         return f"{job_prefix(self.job)}solved/{index:06d}.json"

@@ -23,7 +23,9 @@ from typing import Literal, get_args
 
 from workers.errors import ScratchError, system_line
 
-Kind = Literal["analyze", "calibrate", "evaluate", "export", "job", "measure", "reconstruct", "sensitivity", "weights"]
+Kind = Literal[
+    "analyze", "calibrate", "equalize", "evaluate", "export", "job", "measure", "reconstruct", "sensitivity", "weights"
+]
 
 MARK = "nestquant-scratch"
 _MARK_TEXT = b"A folder of a nestquant process. It is removed by the next one that finds it unlocked.\n"

@@ -41,6 +41,7 @@ from storage.shard import build_base
 from storage.stores.memory import MemoryStore
 from workers import runtime
 from workers.calibrate import NOISE_BATCH, NOISE_SEED, Observed
+from workers.equalize import EqualizedSite, equalized, equalized_recipe, sample_step
 from workers.errors import DataError, ModelError, one_line, shown
 from workers.forward import extents
 from workers.in_memory import Solved, observe_inputs, round_alone, solve, synthesized
@@ -64,6 +65,7 @@ def quantize(
     ignore: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     protect: Literal["auto", "none"] = "auto",
+    equalize: Literal["auto", "none"] = "auto",
     input_shape: tuple[int, ...] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -92,6 +94,8 @@ def quantize(
         overrides: other settings by pattern of layer names: ``{"fc": {"bits": (8,)}}``.
         protect: ``auto`` gives small layers up to 6 high bits, for 2% of the part-bit bytes at most (10%
             below 4 bits), except with ``paper``; ``none`` gives plain widths.
+        equalize: ``auto`` brings the channels of activations closer to one size, with ``calibrated`` and
+            ``activations``; ``none`` leaves them.
         input_shape: of one input, without the batch: ``(3, 224, 224)``. Needed by ``data_free``, and by activations
             without calibration.
         mean: what images are normalised by, one a channel, for ``data_free``; ImageNet's by default.
@@ -119,6 +123,7 @@ def quantize(
         ignore=ignore,
         overrides=overrides,
         protect=protect,
+        equalize=equalize,
         input_shape=input_shape,
     )
     title, network = type(model).__name__, _float_copy(model)
@@ -141,6 +146,12 @@ def quantize(
         shard_bytes=DEFAULT_SHARD_BYTES,
         task_weights=1 << 62,
     )
+    source_digest, sites = digest_tensors(state.items()), tuple[EqualizedSite, ...]()
+    if spec.equalizes:
+        assert inputs is not None, "checked by _spec"
+        chosen = inputs[:: sample_step(len(inputs))]
+        network, sites = equalized(network, torch.split(chosen, batch_size), title)
+        state = {key: tensor for key, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     watched = network
     if spec.recipe == "data_free":
         assert input_shape is not None, "checked by _spec"
@@ -175,6 +186,8 @@ def quantize(
         name=name,
         model=model,
         state=state,
+        source_digest=source_digest,
+        sites=sites,
         solved=solved,
         ranges=ranges,
         calibration=calibrated,
@@ -194,6 +207,7 @@ def _spec(
     ignore: Sequence[str],
     overrides: Mapping[str, Mapping[str, Any]] | None,
     protect: str,
+    equalize: str,
     input_shape: tuple[int, ...] | None,
 ) -> QuantizeSpec:
     """Return the recipe's section of a spec, checked like one."""
@@ -210,6 +224,7 @@ def _spec(
         "ignore": (ignore,) if isinstance(ignore, str) else tuple(ignore),
         "overrides": dict(overrides or {}),
         "protect": protect,
+        "equalize": equalize,
         "activations": activations,
     }
     spec = parse_as(QuantizeSpec, document, where="nestquant.quantize")
@@ -278,6 +293,8 @@ def _stored(
     name: str,
     model: nn.Module,
     state: Mapping[str, Tensor],
+    source_digest: str,
+    sites: Sequence[EqualizedSite],
     solved: Mapping[str, Solved],
     ranges: Mapping[str, ActivationRange],
     calibration: CalibrationRecord | None,
@@ -306,10 +323,14 @@ def _stored(
             library=LIBRARY,
             arch=f"{type(model).__module__}:{type(model).__qualname__}",
             kwargs={},
-            source_digest=digest_tensors(state.items()),
+            source_digest=source_digest,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         ),
-        recipe={"method": METHOD_VERSIONS[spec.recipe], **spec.model_dump(mode="json")},
+        recipe={
+            "method": METHOD_VERSIONS[spec.recipe],
+            **spec.model_dump(mode="json"),
+            **equalized_recipe(sites),
+        },
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
         base=tuple(base),

@@ -32,6 +32,7 @@ _WORDS = {
     "sensitivity": "measure each layer alone",
     "calibrate": "calibrate activation ranges",
     "synthesize": "make images without any",
+    "equalize": "even out channels",
     "reconstruct": "choose integers and biases, layer after layer",
     "quantize": "quantize, pack and store",
     "export": "make the engine's graph and layout",

@@ -26,7 +26,7 @@ from storage.manifest import Engine, ModelName, canonical_json
 from storage.preprocessing import MAX_PIXELS, Interpolation
 from storage.stores.blob_store import check_key
 
-METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 7, "data_free": 7}
+METHOD_VERSIONS: dict[str, int] = {"paper": 2, "calibrated": 8, "data_free": 7}
 """Raised whenever the same spec and weights would give other integers or other shards by a recipe: part of a job's
 identity."""
 
@@ -282,7 +282,10 @@ class JobSpec(Section):
         """
         named = self.quantize.model_copy(update={"recipe": self.recipe})
         heeded = self.recipe != "paper" and self.quantize.mixed is None
-        return named if heeded else named.model_copy(update={"protect": "auto"})
+        if not heeded:
+            named = named.model_copy(update={"protect": "auto"})
+        heeds_equalize = self.recipe == "calibrated" and named.activations is not None
+        return named if heeds_equalize else named.model_copy(update={"equalize": "auto"})
 
     @property
     def measures_layers(self) -> bool:

@@ -82,6 +82,9 @@ class QuantizeSpec(Section):
     ``protect``: recipes that solve layers give small ones up to 6 high bits, for 2% of the part-bit bytes
     at most (10% below 4 bits; `jobs.stages.protection`); ``none`` gives plain widths, as ``paper`` and ``mixed`` do
     always.
+
+    ``equalize``: with the recipe ``calibrated`` and ``activations``, channels of an activation are brought closer
+    to one size before anything is solved (`nestquant.equalization`); the network answers as before. ``none``: not.
     """
 
     recipe: RecipeChoice = "auto"
@@ -94,6 +97,7 @@ class QuantizeSpec(Section):
     activations: ActivationSpec | None = None
     mixed: MixedSpec | None = None
     protect: Literal["auto", "none"] = "auto"
+    equalize: Literal["auto", "none"] = "auto"
 
     @model_validator(mode="after")
     def _choices_fit(self) -> Self:
@@ -113,6 +117,11 @@ class QuantizeSpec(Section):
     def protects(self) -> bool:
         """Tell whether small layers get more bits; of a recipe by its own name, not ``auto``."""
         return self.protect == "auto" and self.mixed is None and self.recipe not in ("auto", "paper")
+
+    @property
+    def equalizes(self) -> bool:
+        """Tell whether activations are equalized; of a recipe by its own name, not ``auto``."""
+        return self.equalize == "auto" and self.recipe == "calibrated" and self.activations is not None
 
     @property
     def high_choices(self) -> tuple[int, ...]:
@@ -144,6 +153,8 @@ class QuantizeSpec(Section):
             document.pop("range", None)
         if self.protect == "auto":
             document.pop("protect", None)
+        if self.equalize == "auto":
+            document.pop("equalize", None)
         return document
 
 

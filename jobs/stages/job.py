@@ -25,6 +25,7 @@ from storage.manifest import (
     canonical_json,
 )
 from storage.registry import Published, Registry
+from workers.equalize import EqualizedSite
 from workers.errors import Need
 from workers.executor import Executor
 from workers.inputs.images import ImageSet
@@ -104,8 +105,9 @@ class Job:
     """A job whose inputs are checked and whose plan is made, and what the stages have added since.
 
     ``digest`` names the job's ledger; ``image_bytes`` is what the largest image set keeps in memory; ``judged`` are the
-    images of ``evaluate``; ``needs`` are the memory of each stage's largest task; ``class_names`` go into ``labels``;
-    ``fault`` is what falls short of the gate; ``notes`` are lines for people.
+    images of ``evaluate``; ``needs`` are the memory of each stage's largest task; ``network`` is what is published,
+    where that is not the staged one (``equalized`` says by what); ``class_names`` go into ``labels``; ``fault`` is what
+    falls short of the gate; ``notes`` are lines for people.
     """
 
     spec: JobSpec
@@ -132,11 +134,15 @@ class Job:
     fault: str | None = None
     tags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    network: NetworkRef | None = None
+    equalized: tuple[EqualizedSite, ...] = ()
 
     @property
     def context(self) -> TaskContext:
         """Return where the job's tasks read and write."""
-        return TaskContext(store_uri=self.registry.store.uri, job=self.digest, network=self.staged.network)
+        return TaskContext(
+            store_uri=self.registry.store.uri, job=self.digest, network=self.network or self.staged.network
+        )
 
     @property
     def version(self) -> Published:

@@ -18,6 +18,7 @@ from storage.device.errors import ContentError, GaveUp
 from storage.errors import Damaged
 from storage.manifest import Manifest, ModelRecord, ShardGroup
 from storage.signing.metadata import sign
+from workers.equalize import equalized_recipe
 from workers.errors import shown
 from workers.executor import Executor
 from workers.tasks import BaseRecord, GroupRecord
@@ -119,7 +120,11 @@ def draft_manifest(job: Job) -> Manifest:
         name=spec.name,
         version=1,
         model=model_record(job),
-        recipe={"method": METHOD_VERSIONS[spec.recipe], **spec.effective_quantize.model_dump(mode="json")},
+        recipe={
+            "method": METHOD_VERSIONS[spec.recipe],
+            **spec.effective_quantize.model_dump(mode="json"),
+            **equalized_recipe(job.equalized),
+        },
         layers=layers,
         groups=tuple(ShardGroup(levels=record.levels) for record in groups),
         base=tuple(record.descriptor for record in base),

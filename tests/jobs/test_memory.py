@@ -185,6 +185,7 @@ def test_every_task_of_a_stage_asks_for_what_was_checked_before_work(
         "measure_layer": "sensitivity",
         "synthesize": "synthesize",
         "join": "synthesize",
+        "equalize_network": "equalize",
         "observe": "calibrate",
         "gang": "reconstruct",
         "run_bundle": "quantize",

@@ -37,7 +37,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_right_name(tiny_document: Do
     message = told(tiny_document(quantize__bitz=[8, 4]))
     assert message == (
         "job.yaml: unknown key 'quantize.bitz'. Did you mean 'bits'? "
-        "Known here: activations, bits, ignore, mixed, overrides, protect, range, recipe, rounding, scheme."
+        "Known here: activations, bits, equalize, ignore, mixed, overrides, protect, range, recipe, rounding, scheme."
     )
 
 
