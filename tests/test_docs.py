@@ -22,6 +22,7 @@ from jobs.cli.main import app
 from jobs.spec.file import parse_as
 from jobs.spec.job import JobSpec
 from jobs.spec.zoo import ZooSpec
+from storage.agent.settings import AgentSettings
 from tests import tiny
 from tests.conftest import ROOT
 from tests.site import outside_requests
@@ -84,9 +85,13 @@ def test_every_spec_in_the_pages_is_one() -> None:
     specs = [(page, text) for page in PAGES for language, _, text in blocks(page) if language == "yaml"]
     indented = re.compile(r"^    name: .*\n(?:(?:    .*)?\n)+", re.MULTILINE)
     specs += [(page, dedent(text)) for page in PAGES for text in indented.findall(page.read_text(encoding="utf-8"))]
-    kinds = {}
+    kinds, agents = {}, 0
     for page, text in specs:
         document = yaml.safe_load(text)
+        if "cache" in document:  # the agent's
+            assert parse_as(AgentSettings, document, where=page.name).models
+            agents += 1
+            continue
         kind: type[JobSpec | ZooSpec] | None = (
             ZooSpec if "models" in document else JobSpec if "model" in document else None
         )
@@ -94,6 +99,7 @@ def test_every_spec_in_the_pages_is_one() -> None:
             assert parse_as(kind, document, where=page.name).name == document["name"]
             kinds[page.name, kind] = document
     assert {("README.md", JobSpec), ("tutorial.md", JobSpec), ("cluster.md", ZooSpec)} <= set(kinds)
+    assert agents == 1
 
 
 def command_lines(text: str) -> list[list[str]]:

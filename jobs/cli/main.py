@@ -18,6 +18,7 @@ from typing import NoReturn
 import typer
 
 from jobs.cli.commands import (
+    agent,
     analyze,
     catalog,
     cluster,
@@ -81,6 +82,7 @@ export.register(app)
 delta.register(app)
 device.register(app)
 run_command.register(app)
+agent.register(app)
 store.register(app)
 maintain.register(app)
 keys.register(app)

@@ -42,6 +42,7 @@ NOT_RUN = {
         "upgrade efficientnet-lite0 --store .demo/store --cache .demo/device": "as above",
         "verify efficientnet-lite0 --cache .demo/device": "as above",
         "downgrade efficientnet-lite0 --cache .demo/device": "as above",
+        "agent agent.yaml": "runs until it is stopped; tests/storage/agent/test_agent.py runs the command",
     },
 }
 FINISH = "rollout resnet18 --finish ..."
