@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
+from jobs.updates import publish_deltas
 from nestquant.engines.images import Preprocessing, photo_input
 from nestquant.engines.onnx import Session
 from nestquant.packing import pack
@@ -185,6 +187,37 @@ def test_logits_of_both_levels_are_the_devices(
         print(f"logits apart: {difference:.2e} of their spread")
         assert difference < 0.01
     assert answers[0] == answers[2] != answers[1]
+
+
+def test_a_version_with_deltas_is_read_like_one_without(
+    browser: Chrome, server: PageServer, folder: Path, tmp_path: Path
+) -> None:
+    document = spec_of(tmp_path)
+    publish(document)
+    state = load_file(tmp_path / "weights.safetensors")
+    state["fc.weight"][0] *= 1.01
+    save_file(state, tmp_path / "weights.safetensors")
+    registry, _ = publish(document)
+    publish_deltas(registry, registry.resolve("tiny", "2"), [registry.resolve("tiny", "1")])
+    manifest = registry.resolve("tiny", "3").manifest
+    assert manifest.schema_version == 4
+    assert manifest.deltas
+    shutil.copytree(tmp_path / "store", folder / "deltas")
+    browser.get(f"{server.address}/index.html")
+    answers = script(
+        browser,
+        "const {Session} = await import('/session.js'); const {resolve} = await import('/version.js');"
+        "const session = await Session.open('deltas/', await resolve('deltas/', 'tiny', '3')), answers = [];"
+        "for (const level of [0, 1]) { await session.setLevel(level);"
+        "answers.push(Array.from((await session.run(new Float32Array(3072).fill(0.5), [1, 3, 32, 32])).logits)); }"
+        "session.close(); return answers;",
+    )
+    assert "error" not in answers, answers
+    device = Device(tmp_path / "device", StoreSource(registry.store), unsigned=True)
+    device.pull("tiny", "3", level=1)
+    for level, logits in enumerate(answers):
+        expected = Session(device, "tiny", level=level).run(np.full((1, 3, 32, 32), 0.5, dtype=np.float32)).logits[0]
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * float(np.ptp(expected)))
 
 
 def test_requests_under_way_during_switches_end_at_one_level(browser: Chrome, server: PageServer) -> None:
