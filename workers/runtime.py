@@ -22,8 +22,9 @@ from nestquant.nested_weight import Residency
 from nestquant.observers import ActivationQParams
 from nestquant.packing import pack
 from nestquant.surgery import channel_first_shape, find_layers, replace
+from storage.device.cache import read_blob
 from storage.errors import Damaged
-from storage.files import open_regular, read_verified
+from storage.files import open_regular
 from storage.manifest import ActivationRange, Descriptor, LayerRecord, Manifest
 from storage.shard import Int8Array, Shard, UInt8Array, read_base, read_shard
 from workers.errors import ArtifactError, ModelError, shown, system_line
@@ -166,7 +167,7 @@ class FileBlobs:
         where, path = f"{self.manifest.name} version {self.manifest.version}", self.blob_path(blob)
         try:
             if self.verify:
-                return read_verified(path, digest=blob.digest, size_bytes=blob.size_bytes)
+                return read_blob(path, blob)
             with open_regular(path) as file:
                 return file.read()
         except Damaged as error:

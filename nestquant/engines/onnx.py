@@ -18,10 +18,10 @@ from nestquant.engines.ort import options, session_with
 from nestquant.engines.weights import engine_tensors
 from storage.class_labels import parse_labels
 from storage.device import Device
+from storage.device.cache import read_blob
 from storage.device.errors import NotInstalled
 from storage.engine_layout import read_layout
 from storage.errors import Damaged
-from storage.files import read_verified
 from storage.manifest import Descriptor, EngineRecord, Manifest
 from storage.wording import one_line
 
@@ -244,7 +244,7 @@ class Session:
 
     def _read(self, blob: Descriptor) -> bytes:
         try:
-            return read_verified(self._device.blob_path(blob), digest=blob.digest, size_bytes=blob.size_bytes)
+            return read_blob(self._device.blob_path(blob), blob)
         except Damaged as error:
             raise Damaged(
                 f"{self._where()}: {error}; 'nestquant pull {self.manifest.name}' brings it anew", key=blob.digest

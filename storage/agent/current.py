@@ -46,7 +46,7 @@ class PastRecord(Record):
 
 def current_of(cache: Cache, installed: Installed, manifest: Manifest, level: int) -> Current:
     """Return what engines are told of a version at a level."""
-    files = {blob.digest: str(cache.blob_path(blob.digest).absolute()) for blob in blobs_of(manifest, level)}
+    files = {blob.digest: str(cache.path_of(blob).absolute()) for blob in blobs_of(manifest, level)}
     return Current(
         name=manifest.name,
         version=installed.version,

@@ -42,6 +42,7 @@ from storage.device.files import (
 from storage.device.ownership import Found, check, claim, walk
 from storage.digest import digest_bytes, digest_hex
 from storage.document import parse_record
+from storage.files import read_verified
 from storage.layout import blob_key, model_prefix
 from storage.manifest import (
     MAX_MANIFEST_BYTES,
@@ -103,6 +104,17 @@ def forms_of(blob: Descriptor) -> tuple[Descriptor, ...]:
     if not isinstance(blob, ShardDescriptor) or blob.canonical is None:
         return (blob,)
     return blob, Descriptor(**blob.canonical.model_dump(), media_type=blob.media_type)
+
+
+def read_blob(path: Path, blob: Descriptor) -> bytes:
+    """Read the file of a blob whole, and verify it by the form that its name says it is in.
+
+    Raises:
+        Damaged: the bytes are others than the form's.
+        OSError: the file cannot be read.
+    """
+    form = next((form for form in forms_of(blob) if path.name == digest_hex(form.digest)), blob)
+    return read_verified(path, digest=form.digest, size_bytes=form.size_bytes)
 
 
 class Cache:

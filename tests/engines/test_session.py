@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import nestquant
+from jobs.updates import publish_deltas
 from nestquant.engines.errors import LevelMissing, NotExported, PhotoError
 from nestquant.engines.onnx import Residency, Session
 from storage.device import Device, StoreSource
 from storage.errors import Damaged
 from storage.stores.uri import open_store
 from tests.engines.published import images, publish, spec_of, torch_answers
+from tests.storage.device.updates import keep_canonical
 
 RESIDENCIES = ("fast", "hot")
 
@@ -48,6 +53,35 @@ def test_weights_and_biases_of_each_level_are_those_of_torch(tmp_path: Path, res
         expected = torch_answers(registry, manifest, inputs, level=level, activations=False)
         assert seen.level == session.level == level
         np.testing.assert_allclose(seen.logits, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_shards_in_their_canonical_form_run_as_the_published_ones(tmp_path: Path) -> None:
+    """As after an update by deltas on a device whose zstd compresses otherwise: the session, torch and the API."""
+    document = spec_of(tmp_path)
+    publish(document)
+    state = load_file(tmp_path / "weights.safetensors")
+    state["fc.weight"][0] *= 1.01
+    save_file(state, tmp_path / "weights.safetensors")
+    registry, _ = publish(document)
+    publish_deltas(registry, registry.resolve("tiny", "2"), [registry.resolve("tiny", "1")], tags=("latest",))
+    device = Device(tmp_path / "device", StoreSource(registry.store), unsigned=True)
+    device.pull("tiny", "3", level=1)
+    manifest, inputs = device.manifest("tiny"), images(2)
+    published = [Session(device, "tiny", level=level).run(inputs).logits for level in (0, 1)]
+    assert keep_canonical(registry.store, tmp_path / "device", manifest) > 0
+    for level, expected in enumerate(published):
+        assert np.array_equal(Session(device, "tiny", level=level).run(inputs).logits, expected)
+    model = nestquant.pull(
+        "tiny", store=str(tmp_path / "store"), ref=3, cache=tmp_path / "device", unsigned=True, level=1
+    )
+    with torch.inference_mode():
+        answers = model(torch.from_numpy(inputs))
+    np.testing.assert_allclose(answers.numpy(), published[1], atol=2e-5 * np.abs(published[1]).max())
+    shard = next(shard for group in manifest.groups for shard in group.levels if shard.canonical is not None)
+    path = device.blob_path(shard)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    with pytest.raises(Damaged, match="brings it anew"):
+        Session(device, "tiny")
 
 
 def test_both_residencies_answer_to_the_bit_and_levels_differ(device: Device) -> None:

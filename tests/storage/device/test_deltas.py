@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from storage.agent.current import current_of
 from storage.delta import canonical_bytes, make_delta
 from storage.device import Device, Event, Retry, StoreSource
-from storage.device.cache import Cache
+from storage.device.cache import Cache, read_blob
 from storage.digest import digest_bytes
 from storage.errors import InvalidManifest, NotFound
 from storage.layout import blob_key
@@ -118,6 +119,14 @@ def test_every_way_is_a_line_that_says_why(device: Device, store: LocalStore) ->
     )
 
 
+def agent_files(device: Device, manifest: Manifest) -> list[str]:
+    """Return the files that an agent names to an engine at full-bit."""
+    cache = Cache(device.root)
+    installed = cache.state("net").current
+    assert installed is not None
+    return list(current_of(cache, installed, manifest, 1).files.values())
+
+
 def test_another_zstd_than_the_publishers_keeps_the_canonical_form(device: Device, store: LocalStore) -> None:
     """Frames of another level, as another release of the library writes them: this machine cannot make those bytes."""
     device.upgrade("net")
@@ -136,6 +145,9 @@ def test_another_zstd_than_the_publishers_keeps_the_canonical_form(device: Devic
         for data in (device.blob_path(high), store.get(blob_key(high.digest)))
     )
     assert np.array_equal(ours, theirs)
+    assert high.canonical is not None
+    assert digest_bytes(read_blob(device.blob_path(high), high)) == high.canonical.digest
+    assert all(Path(file).is_file() for file in agent_files(device, second))
     assert device.pull("net").received_bytes == 0
     assert device.rollback("net").version == 1
     assert device.rollback("net").version == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import zstandard
 
 from jobs.updates import with_deltas
 from nestquant.packing import pack
+from storage.delta import canonical_bytes
+from storage.layout import blob_key
 from storage.manifest import (
     MEDIA_TYPE_BASE,
     MEDIA_TYPE_SHARD,
@@ -105,6 +108,22 @@ def recompressed(data: bytes, level: int) -> bytes:
     sections = {"index": compressor.compress(index), "integers": frame, "tensors": _section(data, "tensors")}
     arrays = {name: np.frombuffer(section, np.uint8) for name, section in sections.items()}
     return save_tensors(arrays, {"codec": "zstd", "format": "nestquant.shard.v1"})
+
+
+def keep_canonical(store: BlobStore, cache: Path, manifest: Manifest) -> int:
+    """Put the canonical form into the place of each shard in a device's cache, as a device whose zstd cannot make the
+    publisher's bytes keeps it; return how many.
+    """
+    count = 0
+    for shard in (shard for group in manifest.groups for shard in group.levels):
+        whole = cache / blob_key(shard.digest)
+        if isinstance(shard, ShardDescriptor) and shard.canonical is not None and whole.exists():
+            form = cache / blob_key(shard.canonical.digest)
+            form.parent.mkdir(exist_ok=True)
+            form.write_bytes(canonical_bytes(Registry(store).get_blob(shard), shard.media_type))
+            whole.unlink()
+            count += 1
+    return count
 
 
 def _section(data: bytes, name: str) -> bytes:
