@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +18,7 @@ from jobs.stages.signing import load_keys
 from jobs.stages.weights import StagedModel, outline, stage
 from storage.errors import UnsafeStore
 from storage.registry import Registry
-from storage.stores.blob_store import BlobStore
-from storage.stores.capabilities import has_create_only, race_create
-from storage.stores.local import LocalStore
+from storage.stores.capabilities import has_create_only
 from storage.stores.uri import open_store
 from workers.errors import DataError, shown
 from workers.evaluate import beyond_classes
@@ -87,22 +83,11 @@ def plan_of(spec: JobSpec, staged: StagedModel, high_bits: Mapping[str, int] | N
 
 def _check_store(registry: Registry, *, single_writer: bool) -> None:
     """Write to the store before any work is done for it; publishing checks again."""
-    if not _creates_only(registry.store) and not single_writer:
+    if not has_create_only(registry.store) and not single_writer:
         raise UnsafeStore(
             f"{registry.store.uri}: this store ignores put-if-absent, so two publishers could overwrite each other; "
             "use another store, or say --single-writer if nobody else publishes to it"
         )
-
-
-def _creates_only(store: BlobStore) -> bool:
-    """Tell whether put-if-absent works; a folder that is not there yet is asked for beside it, on the same file system,
-    so that a dry run leaves none behind.
-    """
-    if isinstance(store, LocalStore) and not store.root.exists():
-        parent = next(folder for folder in store.root.parents if folder.is_dir())
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix=".nestquant-", dir=parent) as beside:
-            return race_create(LocalStore(Path(beside))).holds
-    return has_create_only(store)
 
 
 def _chosen_recipe(spec: JobSpec) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import tiny
 from tests.jobs.conftest import InitSigning, Run
 
 Document = Callable[..., dict[str, Any]]
@@ -104,17 +103,6 @@ def test_a_store_folder_that_is_not_there_is_named_and_nothing_is_made(
     assert len(err.splitlines()) == 1
     assert f"no such folder ({tmp_path / 'stoer'})" in err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_dry_run_leaves_no_store_behind(nestquant: Run, tmp_path: Path) -> None:
-    files = str(tiny.write_checkpoint(tmp_path / "w.safetensors")), str(tiny.write_images(tmp_path / "x.npz"))
-    document = tiny.job_document(checkpoint=files[0], images=files[1], store=str(tmp_path / "folder" / "store"))
-    spec = tmp_path / "job.yaml"
-    spec.write_text(yaml.safe_dump(document))
-    code, out, _ = nestquant("quantize", spec, "--dry-run")
-    assert code == 0
-    assert "conv" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml", "w.safetensors", "x.npz"]
 
 
 @pytest.mark.parametrize(
