@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from nestquant.surgery import kind_of
+from nestquant.surgery import kind_of, shallow_copy
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _TOLERANCE = 1e-9
@@ -63,8 +63,7 @@ def find_sites(network: nn.Module, example: Tensor) -> tuple[Site, ...]:
     None where torch.fx cannot trace the network. Every step is tried on random inputs in float64.
     """
     tracer = _Tracer()
-    shared = (*network.parameters(), *network.buffers())
-    network = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})  # a forward may keep what it sees
+    network = shallow_copy(network)  # a forward may keep what it sees
     try:
         traced = fx.GraphModule(network, tracer.trace(network))
         shapes = _Shapes(traced)
@@ -283,7 +282,7 @@ def equalize(network: nn.Module, site: Site, gains: Tensor) -> None:
 
 
 @torch.no_grad()
-def channel_sizes(network: nn.Module, sites: Sequence[Site], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def channel_sizes(network: nn.Module, sites: Sequence[Site], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return the largest magnitude of each channel of each site over the inputs, float64 ``[C]``, by source."""
     sizes = {site.source: torch.zeros(site.channels, dtype=torch.float64) for site in sites}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,6 +182,12 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
         for child_name, child in parent._modules.items():
             if child is old:
                 parent._modules[child_name] = module
+
+
+def shallow_copy(network: nn.Module, *, own: bool = False) -> nn.Module:
+    """Return a network with modules of its own over the same parameters, and the same buffers unless ``own``."""
+    shared = [*network.parameters(), *(() if own else network.buffers())]
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
 def _reason_against(module: nn.Module, parameter: str, owners: dict[int, list[str]]) -> str | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nestquant.engines.images import Preprocessing
 from nestquant.equalization import channel_gains, channel_sizes, equalize, find_sites
+from nestquant.surgery import shallow_copy
 from storage.manifest import Record
 from storage.registry import Registry
 from storage.stores.uri import open_store
@@ -80,12 +81,12 @@ def equalized_recipe(sites: Sequence[EqualizedSite]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def equalized(network: nn.Module, batches: Sequence[Tensor], name: str) -> tuple[nn.Module, tuple[EqualizedSite, ...]]:
+def equalized(network: nn.Module, batches: Iterable[Tensor], name: str) -> tuple[nn.Module, tuple[EqualizedSite, ...]]:
     """Return a network that answers as ``network`` does, its activations' channels closer to one size.
 
     Args:
         network: in eval mode on the CPU; it is not changed, and shares what is not resized.
-        batches: calibration inputs ``[N, ...]``.
+        batches: calibration inputs ``[N, ...]``; the first alone is read where no channel can be resized.
         name: what messages call the network.
 
     The network itself where no channel can be resized.
@@ -94,14 +95,16 @@ def equalized(network: nn.Module, batches: Sequence[Tensor], name: str) -> tuple
         ModelError: the network does not run on the inputs.
     """
     with threads(1):
-        example = batches[0][:1]
+        first = next(remaining := iter(batches), None)
+        if first is None:
+            return network, ()
+        example = first[:1]
         sites = find_sites(network, example)
         if not sites:
             return network, ()
         with network_boundary(network, f"{name} cannot run on calibration images"):
-            sizes = channel_sizes(network, sites, batches)
-        shared = (*network.parameters(), *network.buffers())
-        copied = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+            sizes = channel_sizes(network, sites, itertools.chain([first], remaining))
+        copied = shallow_copy(network)
         records = []
         for site in sites:
             power = DEPTHWISE_POWER if site.depthwise else POWER
@@ -130,10 +133,8 @@ def equalize_network(task: EqualizeTask) -> EqualizedRecord:
     with scratch("equalize") as folder, threads(1):
         images = fetch_images(task.data, folder).sample(task.samples)
         images = images.take(range(0, len(images), sample_step(len(images))))
-        batches = [
-            inputs for inputs, _ in images.batches(preprocessing, batch_size=task.batch_size, start=0, stop=len(images))
-        ]
-    resized, sites = equalized(network, batches, context.network.title) if batches else (network, ())
+        pairs = images.batches(preprocessing, batch_size=task.batch_size, start=0, stop=len(images))
+        resized, sites = equalized(network, (inputs for inputs, _ in pairs), context.network.title)
     registry = Registry(open_store(context.store_uri))
     ledger = Ledger(registry, context.job)
     key = ledger.equalized_key("network.safetensors") if sites else None

@@ -6,7 +6,6 @@ kind of machine.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from nestquant.moments import Moments
 from nestquant.norm_statistics import NormSums, put_statistics
 from nestquant.observers import Histogram
 from nestquant.quantized_weight import QuantizedWeight, quantize_weight
-from nestquant.surgery import channel_first
+from nestquant.surgery import channel_first, shallow_copy
 from workers.calibrate import observed
 from workers.errors import WorkError
 from workers.forward import extents, network_boundary, run_network
@@ -37,12 +36,6 @@ class Solved:
     piece: PieceTask
     weight: QuantizedWeight
     without: str | None = None
-
-
-def shallow_copy(network: nn.Module, *, own: bool = False) -> nn.Module:
-    """Return a network with modules of its own over the same parameters, and the same buffers unless ``own``."""
-    shared = [*network.parameters(), *(() if own else network.buffers())]
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
 
 
 def round_alone(network: nn.Module, layers: Sequence[PieceTask]) -> Iterator[Solved]:

@@ -13,10 +13,9 @@ from jobs.errors import SpecError
 from jobs.spec.job import CalibrationSpec
 from jobs.stages.memory import chunks_of
 from nestquant.engines.images import Preprocessing
-from nestquant.surgery import ExecutionOrder, execution_order, find_layers
+from nestquant.surgery import ExecutionOrder, execution_order, find_layers, shallow_copy
 from workers.errors import DataError
 from workers.forward import extents, run_network
-from workers.in_memory import shallow_copy
 from workers.inputs.networks import IMAGENET_MEAN, IMAGENET_STD, for_channels
 
 Batches = Tensor | Iterable[Any]

@@ -16,7 +16,6 @@ from jobs.stages.weights import StagedModel
 from nestquant.config import NestConfig
 from nestquant.moments import input_blocks
 from workers.calibrate import NOISE_BATCH
-from workers.equalize import SAMPLES as EQUALIZE_SAMPLES
 from workers.errors import Need
 from workers.executor import Executor
 from workers.sensitivity import BATCH_SIZE, NOISE_SAMPLES
@@ -71,9 +70,8 @@ def task_needs(job: Job, executor: Executor) -> dict[str, Need]:
         batch = NOISE_BATCH if noise or calibration is None else min(calibration.batch_size, calibration.samples)
         needs.append(_need("calibrate", network + batch * _forward_bytes(staged), "calibration.batch_size"))
     if spec.effective_quantize.equalizes and calibration is not None:
-        images_bytes = min(calibration.samples, EQUALIZE_SAMPLES) * _input_bytes(staged)
         batch = min(calibration.batch_size, calibration.samples)
-        resident_bytes = _NETWORK_COPIES * _network_bytes(staged) + job.image_bytes + images_bytes
+        resident_bytes = _NETWORK_COPIES * _network_bytes(staged) + job.image_bytes
         needs.append(_need("equalize", resident_bytes + batch * _forward_bytes(staged), "calibration.batch_size"))
     if plan.solved_layers:
         images = calibration or CalibrationSpec(data="", samples=SAMPLES, batch_size=CHUNK)

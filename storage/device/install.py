@@ -48,8 +48,8 @@ class Installation:
             return moved(name, target, blobs_kept=len(blobs), saved_bytes=_sum(blobs), freed_bytes=freed_bytes)
         self.cache.write_state(state.model_copy(update={"pending": target, "failed": None}))
         try:
-            plans = plan_ways(self.cache, manifest, self._earlier(state), missing)
-            self._check_space(missing, plans)
+            plans = plan_ways(self.cache, manifest, self._earlier(state) if manifest.deltas else {}, missing)
+            self._check_space(plans)
             arrivals, traffic = self._fetch(blobs, plans)
         except DeviceError as error:
             with contextlib.suppress(CacheError):  # the disk may be full; why it failed is told all the same
@@ -116,11 +116,11 @@ class Installation:
             self.tell.blob(self.cache.path_of(blob), (progress_bytes, total), (index, len(blobs)))
         return arrivals, fetcher.traffic
 
-    def _check_space(self, missing: list[Descriptor], plans: Mapping[str, Plan]) -> None:
-        staged = sum(path.stat().st_size for blob in missing if (path := self.cache.part_path(blob.digest)).exists())
+    def _check_space(self, plans: Mapping[str, Plan]) -> None:
+        whole = sum(plan.whole_bytes for plan in plans.values())
         # Deltas go as soon as they are applied: of theirs, the most that lies here at once counts.
         deltas = max((_sum([step.descriptor for step in plan.steps]) for plan in plans.values()), default=0)
-        free, need = shutil.disk_usage(self.cache.root).free, _sum(missing) - staged + deltas
+        free, need = shutil.disk_usage(self.cache.root).free, whole + deltas
         if need > free:
             raise NoSpace(
                 f"{need} bytes to come, {free} free in {self.cache.root}; "

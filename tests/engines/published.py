@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from jobs.driver import run_job
 from jobs.spec.job import JobSpec
+from jobs.updates import publish_deltas
 from storage.engine_layout import Layout, read_layout
 from storage.manifest import Manifest
 from storage.registry import Registry
@@ -37,6 +39,18 @@ def publish(document: dict[str, Any]) -> tuple[Registry, Manifest]:
     result = run_job(JobSpec.model_validate(document), InProcessExecutor())
     registry = Registry(open_store(document["store"]["uri"]))
     return registry, registry.resolve(result.name, str(result.version)).manifest
+
+
+def publish_with_deltas(folder: Path) -> tuple[Registry, Manifest]:
+    """Publish the tiny job, the job after a change of its last layer, and that once more with deltas: version 3."""
+    document = spec_of(folder)
+    publish(document)
+    state = load_file(folder / "weights.safetensors")
+    state["fc.weight"][0] *= 1.01
+    save_file(state, folder / "weights.safetensors")
+    registry, _ = publish(document)
+    publish_deltas(registry, registry.resolve("tiny", "2"), [registry.resolve("tiny", "1")])
+    return registry, registry.resolve("tiny", "3").manifest
 
 
 def layout_of(registry: Registry, manifest: Manifest) -> tuple[Layout, dict[str, Any]]:

@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import nestquant
-from jobs.updates import publish_deltas
 from nestquant.engines.errors import LevelMissing, NotExported, PhotoError
 from nestquant.engines.onnx import Residency, Session
 from storage.device import Device, StoreSource
 from storage.errors import Damaged
 from storage.stores.uri import open_store
-from tests.engines.published import images, publish, spec_of, torch_answers
+from tests.engines.published import images, publish, publish_with_deltas, spec_of, torch_answers
 from tests.storage.device.updates import keep_canonical
 
 RESIDENCIES = ("fast", "hot")
@@ -57,13 +55,7 @@ def test_weights_and_biases_of_each_level_are_those_of_torch(tmp_path: Path, res
 
 def test_shards_in_their_canonical_form_run_as_the_published_ones(tmp_path: Path) -> None:
     """As after an update by deltas on a device whose zstd compresses otherwise: the session, torch and the API."""
-    document = spec_of(tmp_path)
-    publish(document)
-    state = load_file(tmp_path / "weights.safetensors")
-    state["fc.weight"][0] *= 1.01
-    save_file(state, tmp_path / "weights.safetensors")
-    registry, _ = publish(document)
-    publish_deltas(registry, registry.resolve("tiny", "2"), [registry.resolve("tiny", "1")], tags=("latest",))
+    registry, _ = publish_with_deltas(tmp_path)
     device = Device(tmp_path / "device", StoreSource(registry.store), unsigned=True)
     device.pull("tiny", "3", level=1)
     manifest, inputs = device.manifest("tiny"), images(2)

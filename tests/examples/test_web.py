@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-from jobs.updates import publish_deltas
 from nestquant.engines.images import Preprocessing, photo_input
 from nestquant.engines.onnx import Session
 from nestquant.packing import pack
@@ -27,7 +25,7 @@ from storage.manifest import Descriptor, Manifest
 from storage.registry import Registry
 from storage.shard import IntegerTensor, build_shard
 from tests.browser import axe_findings, severe
-from tests.engines.published import publish, spec_of
+from tests.engines.published import publish, publish_with_deltas, spec_of
 from tests.examples.web_server import PageServer, install_page, serving
 
 NAMES = [f"kind {index}" for index in range(10)]
@@ -192,14 +190,7 @@ def test_logits_of_both_levels_are_the_devices(
 def test_a_version_with_deltas_is_read_like_one_without(
     browser: Chrome, server: PageServer, folder: Path, tmp_path: Path
 ) -> None:
-    document = spec_of(tmp_path)
-    publish(document)
-    state = load_file(tmp_path / "weights.safetensors")
-    state["fc.weight"][0] *= 1.01
-    save_file(state, tmp_path / "weights.safetensors")
-    registry, _ = publish(document)
-    publish_deltas(registry, registry.resolve("tiny", "2"), [registry.resolve("tiny", "1")])
-    manifest = registry.resolve("tiny", "3").manifest
+    registry, manifest = publish_with_deltas(tmp_path)
     assert manifest.schema_version == 4
     assert manifest.deltas
     shutil.copytree(tmp_path / "store", folder / "deltas")

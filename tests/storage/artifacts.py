@@ -27,6 +27,19 @@ def integers(shape: tuple[int, ...], bits: int, seed: int) -> IntegerTensor:
     return IntegerTensor(values, pack(values, bits), bits, shape)
 
 
+def conv_layer(name: str, shape: tuple[int, ...], *, group: int) -> LayerRecord:
+    """Return the record of a convolution, 8 over 4, that stands whole in one shard group."""
+    return LayerRecord(
+        name=name,
+        kind="conv2d",
+        parameter=f"{name}.weight",
+        shape=shape,
+        bits=(8, 4),
+        scheme="asymmetric",
+        pieces=(Piece(group=group, start=0, stop=shape[0]),),
+    )
+
+
 def make_draft(registry: Registry, *, name: str = "net", seed: int = 0, groups: int = 2) -> Manifest:
     """Store the blobs of an artifact of one layer a group, 8 over 4, and return its manifest, not yet published."""
     shape = (16, 8, 3, 3)
@@ -37,18 +50,7 @@ def make_draft(registry: Registry, *, name: str = "net", seed: int = 0, groups: 
             tensor = integers(shape, bits, seed=100 * seed + 10 * index + level)
             scales = {f"{layer}[0:16]/scale": np.full(16, 0.5, np.float32)} if level == 0 else {}
             levels.append(registry.put_shard(build_shard({piece_key(layer, 0, 16, level): tensor}, scales)))
-        piece = Piece(group=index, start=0, stop=16)
-        layers.append(
-            LayerRecord(
-                name=layer,
-                kind="conv2d",
-                parameter=f"{layer}.weight",
-                shape=shape,
-                bits=(8, 4),
-                scheme="asymmetric",
-                pieces=(piece,),
-            )
-        )
+        layers.append(conv_layer(layer, shape, group=index))
         shard_groups.append(ShardGroup(levels=tuple(levels)))
     base = registry.put_blob(build_base({"fc.bias": np.arange(10, dtype=np.float32) + seed}), MEDIA_TYPE_BASE)
     weights = groups * int(np.prod(shape))

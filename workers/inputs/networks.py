@@ -52,7 +52,7 @@ def build(
     check_arguments(arguments)
     place = torch.device("meta") if meta else contextlib.nullcontext()
     try:
-        with place, bounded(arch, most_values), _quiet_hub():
+        with place, bounded(arch, most_values):
             if library == LIBRARY:
                 model = own.build(arch, arguments)
             elif library == "timm":
@@ -119,7 +119,8 @@ def _timm(arch: str, kwargs: dict[str, Any], *, pretrained: bool) -> nn.Module:
             f"timm has no model {arch!r}.{nearest(arch.split('.', maxsplit=1)[0], timm.list_models())} "
             "'timm.list_models()' has all names."
         )
-    model: nn.Module = timm.create_model(arch, pretrained=pretrained, **kwargs)
+    with _quiet_hub():
+        model: nn.Module = timm.create_model(arch, pretrained=pretrained, **kwargs)
     return model
 
 

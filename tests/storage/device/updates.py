@@ -15,10 +15,8 @@ from storage.layout import blob_key
 from storage.manifest import (
     MEDIA_TYPE_BASE,
     MEDIA_TYPE_SHARD,
-    LayerRecord,
     Manifest,
     ModelRecord,
-    Piece,
     ShardDescriptor,
     ShardGroup,
     SizeRecord,
@@ -28,6 +26,7 @@ from storage.registry import Registry
 from storage.shard import IntegerTensor, build_base, build_shard, read_shard
 from storage.stores.blob_store import BlobStore
 from storage.tensor_file import save_tensors
+from tests.storage.artifacts import conv_layer
 
 
 def draft(
@@ -52,17 +51,7 @@ def draft(
                 raw = registry.put_blob(data, MEDIA_TYPE_SHARD)
                 blob = ShardDescriptor(**raw.model_dump(), codec="zstd", decoded_bytes=blob.decoded_bytes)
             levels.append(blob)
-        layers.append(
-            LayerRecord(
-                name=layer,
-                kind="conv2d",
-                parameter=f"{layer}.weight",
-                shape=shape,
-                bits=(8, 4),
-                scheme="asymmetric",
-                pieces=(Piece(group=group, start=0, stop=rows),),
-            )
-        )
+        layers.append(conv_layer(layer, shape, group=group))
         shard_groups.append(ShardGroup(levels=tuple(levels)))
     bias = np.random.default_rng(0).normal(size=500).astype(np.float32)
     bias[: 2 * step] += 1
